@@ -1,0 +1,1 @@
+"""Domain types: what flows through a search. Standard library and numpy only."""

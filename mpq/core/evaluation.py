@@ -1,0 +1,32 @@
+"""What an allocation really did, beside what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mpq.core.problem import Allocation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One candidate measured on one split.
+
+    `mean` is the mean over samples of the divergence between the outputs of the quantized and
+    the original network, `stderr` its standard error over samples; `predicted` is what the
+    sensitivity table said for the same quantity. `metrics` come from the user's `evaluate`.
+    The bytes are predicted by the memory table and counted in a really written file (None: not
+    written). The candidate "unquantized" has an empty allocation.
+    """
+
+    candidate: str
+    split: str  # "calibration" | "held_out"
+    allocation: Allocation
+    divergence: str  # "kl" | "cosine" | "mse"
+    mean: float
+    stderr: float
+    predicted: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    seconds: float = 0.0

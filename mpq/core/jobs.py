@@ -1,0 +1,73 @@
+"""A job as it is submitted, and the life of the run it becomes."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mpq.core.errors import InvalidInputError
+
+Divergence = Literal["auto", "kl", "cosine", "mse"]
+Clip = Literal["minmax", "mse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """Everything a search is asked for; entry points are "package.module:name".
+
+    `model` is called without arguments and returns the network; `calibration` and `held_out`
+    return lists of batches; `sample` one batch of the shape that will be served (default: the
+    first calibration sample alone), which MACs and latency are for. `evaluate(model)` returns
+    {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
+    `skip` and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    """
+
+    version: Literal[1] = 1
+    name: str = ""
+    model: str
+    calibration: str
+    held_out: str | None = None
+    sample: str | None = None
+    evaluate: str | None = None
+    loss: str | None = None
+    divergence: Divergence = "auto"
+    budgets: tuple[str, ...]
+    schemes: tuple[str, ...] = ()
+    metric: str = "gauss_newton"
+    solver: str = "auto"
+    clip: Clip = "minmax"
+    skip: tuple[str, ...] = ()
+    pin: dict[str, str] = field(default_factory=dict)
+    groups: Literal["auto", "none"] | tuple[tuple[str, ...], ...] = "auto"
+    embeddings: bool = False
+    executor: Literal["ray", "serial"] = "ray"
+    num_workers: int | None = None
+    seed: int = 0
+    num_probes: int = 2
+
+
+class RunState(enum.StrEnum):
+    """States and their names follow Ray Jobs."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    STOPPED = "STOPPED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+
+_NEXT = {
+    RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
+    RunState.RUNNING: {RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED},
+    RunState.STOPPED: {RunState.RUNNING},  # resumed
+    RunState.FAILED: {RunState.RUNNING},  # resumed
+    RunState.SUCCEEDED: set(),
+}
+
+
+def check_transition(old: RunState, new: RunState) -> None:
+    """Raise InvalidInputError where a run may not go from `old` to `new`."""
+    if new not in _NEXT[old]:
+        allowed = ", ".join(sorted(_NEXT[old])) or "nothing: it is final"
+        raise InvalidInputError("run_state", f"a {old} run cannot become {new}; allowed: {allowed}")

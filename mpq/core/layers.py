@@ -1,0 +1,121 @@
+"""The network as the search sees it: layers, the units that share a scheme, and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LayerName = str
+UnitName = str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Convolution:
+    """The geometry of a convolution; tuples have one entry per spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One module that holds a weight.
+
+    Shapes are those of its first call on the sample, batch dimension included; `macs` counts
+    the multiply-accumulates of all its calls on the whole sample. `order` is the place of the
+    first call in the forward pass (-1: never called). `weight_id` is the name of the parameter
+    that holds the weight: layers with the same one are tied and stored once.
+    """
+
+    name: LayerName
+    kind: str  # "linear" | "conv1d" | "conv2d" | "conv_transpose2d" | "embedding"
+    weight_shape: tuple[int, ...]
+    weight_id: str
+    weight_bytes: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    calls: int
+    order: int
+    convolution: Convolution | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the weight that counts output channels."""
+        return 1 if self.kind == "conv_transpose2d" else 0
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.weight_shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Layers that must take one scheme, and why."""
+
+    name: UnitName
+    layers: tuple[LayerName, ...]
+    reason: str = "single layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsearched:
+    """A parameter or buffer that no unit covers, counted once, with the reason."""
+
+    name: str
+    elements: int
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGraph:
+    """Everything about the network that a search needs when the network is gone.
+
+    `layers` are in execution order; `units` partition the searched ones; `unsearched` lists all
+    other stored tensors, so that searched weights + unsearched = the whole network, once.
+    `sample` describes the batch the shapes belong to.
+    """
+
+    layers: tuple[Layer, ...]
+    units: tuple[Unit, ...]
+    unsearched: tuple[Unsearched, ...]
+    sample: str
+
+    @property
+    def by_name(self) -> Mapping[LayerName, Layer]:
+        """Layers by name."""
+        return {layer.name: layer for layer in self.layers}
+
+    def stored_layers(self, unit: Unit) -> tuple[Layer, ...]:
+        """Return the layers of a unit, one for each weight that is really stored."""
+        named = self.by_name
+        return tuple({named[n].weight_id: named[n] for n in reversed(unit.layers)}.values())[::-1]
+
+    @property
+    def searched_weights(self) -> int:
+        """Weights under search, tied ones once."""
+        return sum(layer.num_weights for u in self.units for layer in self.stored_layers(u))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that no choice changes: every tensor outside the search."""
+        return sum(part.bytes for part in self.unsearched)
+
+    @property
+    def native_bytes(self) -> int:
+        """Bytes of the network as it is."""
+        searched = sum(layer.weight_bytes for u in self.units for layer in self.stored_layers(u))
+        return self.fixed_bytes + searched
+
+    @property
+    def coverage(self) -> float:
+        """Share of all parameters and buffers that is searched, in [0, 1]."""
+        total = self.searched_weights + sum(part.elements for part in self.unsearched)
+        return self.searched_weights / total if total else 0.0

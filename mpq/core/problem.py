@@ -1,0 +1,313 @@
+"""What is asked of a solver and what it answers."""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mpq.core.errors import InvalidInputError, unknown
+from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.layers import UnitName
+from mpq.core.tables import Cell, Cells, CostTable, Indices, Responses, SensitivityTable
+
+_UNITS: dict[str, dict[str, float]] = {
+    "bytes": {
+        "B": 1,
+        "bytes": 1,
+        "kB": 1e3,
+        "MB": 1e6,
+        "GB": 1e9,
+        "KiB": 2**10,
+        "MiB": 2**20,
+        "GiB": 2**30,
+    },
+    "s": {"s": 1, "ms": 1e-3, "us": 1e-6},
+    "bitops": {"bitops": 1, "MBOPs": 1e6, "GBOPs": 1e9, "TBOPs": 1e12},
+    "J": {"J": 1, "mJ": 1e-3, "uJ": 1e-6},
+}
+_BUDGET = re.compile(
+    r"\s*(?P<cost>[\w-]+)\s*<=\s*"
+    r"(?:uniform\s+(?P<uniform>\S+)|(?P<amount>[+-]?[\d.]+(?:[eE][+-]?\d+)?|nan|inf)\s*"
+    r"(?P<unit>%|[A-Za-z]*))\s*"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """An upper limit on the total of one cost, in the cost's own unit (bytes, s, ...)."""
+
+    cost: str
+    limit: float
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.limit) or self.limit <= 0:
+            raise InvalidInputError(
+                "budget", f"a budget is a positive finite number, got {self.text or self.limit!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetText:
+    """A budget as written, before the costs are known.
+
+    Forms: "memory <= 60%" (of the network as it is), "latency <= 3 ms", "memory <= 8.5 MB"
+    (10^6 bytes) or "8.5 MiB" (2^20), "memory <= 4.25 bpw" (mean over the searched weights with
+    all that their schemes store), "memory <= uniform int4" (what that uniform scheme costs).
+    """
+
+    text: str
+    cost: str
+    amount: float
+    unit: str
+    uniform: Scheme | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BudgetText:
+        """Read one budget; raises InvalidInputError naming what is wrong."""
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                "budget", f"a budget is a text such as 'memory <= 60%', got {text!r}"
+            )
+        found = _BUDGET.fullmatch(text)
+        if found is None:
+            raise InvalidInputError(
+                "budget",
+                f"cannot read budget {text!r}: write for example 'memory <= 60%', "
+                "'memory <= 8.5 MB', 'latency <= 3 ms' or 'memory <= uniform int4'",
+            )
+        if found["uniform"]:
+            scheme = parse_scheme(found["uniform"])
+            return cls(text=text, cost=found["cost"], amount=1.0, unit="uniform", uniform=scheme)
+        amount = float(found["amount"])
+        if not math.isfinite(amount) or amount <= 0:
+            raise InvalidInputError(
+                "budget", f"a budget is a positive finite number, got {found['amount']} in {text!r}"
+            )
+        known = ["%", "bpw", *(name for units in _UNITS.values() for name in units)]
+        if found["unit"] not in known:
+            raise unknown("budget unit", found["unit"], known)
+        return cls(text=text, cost=found["cost"], amount=amount, unit=found["unit"])
+
+    def resolve(self, costs: Mapping[str, CostTable]) -> Budget:
+        """Return the budget in the cost's own unit."""
+        if self.cost not in costs:
+            raise unknown("cost", self.cost, costs)
+        table = costs[self.cost]
+        return Budget(self.cost, self._limit(table), self.text)
+
+    def _limit(self, table: CostTable) -> float:
+        if self.uniform is not None:
+            # A unit that cannot take the scheme (pinned, no kernel) has no uniform cost.
+            cells = [table[unit, self.uniform] for unit in table.cells.units]
+            return table.fixed + math.fsum(cells)
+        if self.unit == "%":
+            return self._needs(table.baseline, "a known baseline") * self.amount / 100
+        if self.unit == "bpw":
+            return table.fixed + self.amount * self._needs(table.weights, "a weight count") / 8
+        scales = _UNITS[table.unit]
+        if self.unit not in scales:
+            raise InvalidInputError(
+                "budget",
+                f"{self.text!r}: {self.cost} is counted in {table.unit}, so write it in "
+                f"{', '.join(scales)} or %",
+            )
+        return self.amount * scales[self.unit]
+
+    def _needs(self, value: float, what: str) -> float:
+        if not value > 0:
+            raise InvalidInputError("budget", f"{self.text!r} needs {what} of cost {self.cost!r}")
+        return value
+
+
+class Allocation(Mapping[UnitName, Scheme]):
+    """One scheme for each unit; immutable."""
+
+    __slots__ = ("_schemes",)
+
+    def __init__(self, schemes: Mapping[UnitName, Scheme]) -> None:
+        self._schemes = dict(schemes)
+
+    def __getitem__(self, unit: UnitName) -> Scheme:
+        if unit not in self._schemes:
+            raise KeyError(unit)
+        return self._schemes[unit]
+
+    def __iter__(self) -> Iterator[UnitName]:
+        return iter(self._schemes)
+
+    def __len__(self) -> int:
+        return len(self._schemes)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._schemes.items()))
+
+    def __repr__(self) -> str:
+        return f"Allocation({self.text()})"
+
+    def text(self) -> dict[UnitName, str]:
+        """Return the text form that `from_text` reads back."""
+        return {unit: str(scheme) for unit, scheme in self._schemes.items()}
+
+    @classmethod
+    def from_text(cls, text: Mapping[UnitName, str]) -> Allocation:
+        """Read `{"unit": "scheme"}`."""
+        return cls({unit: parse_scheme(scheme) for unit, scheme in text.items()})
+
+    @classmethod
+    def from_choice(cls, cells: Cells, choice: Indices) -> Allocation:
+        """Build an allocation from the number of the chosen cell of each unit."""
+        places = np.asarray(choice) - cells.offsets[:-1]
+        return cls(
+            {
+                unit: schemes[place]
+                for unit, schemes, place in zip(cells.units, cells.schemes, places, strict=True)
+            }
+        )
+
+    def choice(self, cells: Cells) -> Indices:
+        """Return the number of the chosen cell of each unit of `cells`."""
+        return np.array([cells.index((unit, self[unit])) for unit in cells.units], np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Least sensitivity under every budget, one cell per unit."""
+
+    sensitivity: SensitivityTable
+    costs: Mapping[str, CostTable]
+    budgets: tuple[Budget, ...]
+    responses: Responses | None = None
+
+    def __post_init__(self) -> None:
+        cells = self.cells
+        tables = [*self.costs.values(), *([self.responses] if self.responses else [])]
+        if any(table.cells != cells for table in tables):
+            raise InvalidInputError("cells", "the tables of a problem are over different cells")
+        for budget in self.budgets:
+            if budget.cost not in self.costs:
+                raise unknown("cost", budget.cost, self.costs)
+
+    @property
+    def cells(self) -> Cells:
+        """The choices."""
+        return self.sensitivity.cells
+
+    def score(self, choice: Indices) -> float:
+        """Return the additive predicted loss of a choice."""
+        return math.fsum(self.sensitivity.values[choice])
+
+    def total(self, cost: str, choice: Indices) -> float:
+        """Return the total of a cost for a choice, fixed part included."""
+        table = self.costs[cost]
+        return table.fixed + math.fsum(table.values[choice])
+
+    def totals(self, choice: Indices) -> dict[str, float]:
+        """Return the totals of all costs."""
+        return {name: self.total(name, choice) for name in self.costs}
+
+    def with_budgets(self, budgets: Sequence[Budget]) -> Problem:
+        """Return the same tables under other budgets."""
+        return replace(self, budgets=tuple(budgets))
+
+    def pinned(self, allowed: Mapping[UnitName, Sequence[Scheme]]) -> Problem:
+        """Return the problem in which the named units may take only the given schemes."""
+        cells, numbers = self.cells.restrict(allowed)
+        return Problem(
+            sensitivity=self.sensitivity.restrict(cells, numbers),
+            costs={name: table.restrict(cells, numbers) for name, table in self.costs.items()},
+            budgets=self.budgets,
+            responses=self.responses.restrict(cells, numbers) if self.responses else None,
+        )
+
+    def uniform(self) -> dict[Scheme, Allocation]:
+        """Return every allocation that gives one scheme to all units that have a choice.
+
+        Units with a single scheme keep it; a scheme that some free unit may not take is left out.
+        """
+        free = [set(schemes) for schemes in self.cells.schemes if len(schemes) > 1]
+        if not free:
+            return {}
+        shared = set.intersection(*free)
+        order = [s for s in dict.fromkeys(s for ss in self.cells.schemes for s in ss)]
+        return {
+            scheme: Allocation(
+                {
+                    unit: schemes[0] if len(schemes) == 1 else scheme
+                    for unit, schemes in zip(self.cells.units, self.cells.schemes, strict=True)
+                }
+            )
+            for scheme in order
+            if scheme in shared
+        }
+
+    def fits(self, allocation: Allocation) -> bool:
+        """Tell whether an allocation meets every budget."""
+        choice = allocation.choice(self.cells)
+        return all(self.total(b.cost, choice) <= b.limit for b in self.budgets)
+
+
+class Status(enum.StrEnum):
+    """How much a solver proved."""
+
+    OPTIMAL = "optimal"  # the gap is proven
+    FEASIBLE = "feasible"  # meets every budget; `gap` says how far it can be from the best
+    INFEASIBLE = "infeasible"  # proven: no allocation meets every budget
+    UNKNOWN = "unknown"  # stopped before it found any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasibility:
+    """Why nothing fits: per budget its smallest reachable value, alone and beside the others.
+
+    `smallest[cost]` is reachable when only that budget counts; `relaxed[cost]` is the limit
+    that would be enough if the other budgets stay (None: not even without this budget).
+    `names` are the budgets that cannot be met.
+    """
+
+    names: tuple[str, ...]
+    smallest: Mapping[str, float]
+    relaxed: Mapping[str, float | None]
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """The answer of a solver; `bound` <= best possible score, gap = (score - bound) / score."""
+
+    status: Status
+    solver: str
+    budgets: tuple[Budget, ...]
+    allocation: Allocation | None = None
+    score: float = float("nan")
+    totals: Mapping[str, float] | None = None
+    bound: float = float("-inf")
+    gap: float = float("inf")
+    seconds: float = 0.0
+    infeasibility: Infeasibility | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontier:
+    """Solutions along the limits of one cost, from the smallest to the largest."""
+
+    cost: str
+    solutions: tuple[Solution, ...]
+
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "BudgetText",
+    "Cell",
+    "Frontier",
+    "Infeasibility",
+    "Problem",
+    "Solution",
+    "Status",
+]

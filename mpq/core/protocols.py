@@ -1,0 +1,94 @@
+"""The whole plug-in surface: what a metric, a cost model, a solver and an executor are.
+
+`Workload` (mpq.nn.workload) is the borrowed model with its calibration data and choices; it is
+opaque here because the core knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mpq.core.layers import LayerGraph
+from mpq.core.problem import Problem, Solution
+from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
+
+Partial = Mapping[str, npt.NDArray[np.generic]]  # plain arrays, so that a database can keep them
+State = TypeVar("State")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An independent piece of scoring; `key` names everything its result depends on."""
+
+    key: str
+    part: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a metric found: the table, and the responses where it has them."""
+
+    sensitivity: SensitivityTable
+    responses: Responses | None = None
+
+
+class Metric(Protocol):
+    """A sensitivity metric: one file under `sensitivity/`."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    def tasks(self, workload: Any) -> Sequence[Task]:
+        """Split the work into independent, content-keyed, resumable tasks."""
+
+    def run(self, workload: Any, task: Task) -> Partial:
+        """Do one task; the model is only borrowed."""
+
+    def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
+        """Put the results of all tasks, in task order, together."""
+
+
+class CostModel(Protocol):
+    """What each cell costs: one file under `hw_cost_models/`."""
+
+    @property
+    def name(self) -> str:
+        """The name budgets refer to."""
+
+    def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
+        """Return the cost of every cell."""
+
+
+class Solver(Protocol):
+    """Chooses one cell per unit: one file under `solvers/`."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    def solve(self, problem: Problem) -> Solution:
+        """Return a checked solution, or INFEASIBLE with its reason."""
+
+
+class Executor(Protocol):
+    """Where independent tasks run: one file under `workers/`; knows nothing of quantization."""
+
+    def map(
+        self,
+        setup: Callable[[], State],
+        fn: Callable[[State, Item], Result],
+        items: Iterable[Item],
+    ) -> Iterator[tuple[int, Result]]:
+        """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
+
+        `setup` runs once in each worker and makes `state`. An exception in `fn` ends the
+        iteration with that exception; results already yielded stay valid.
+        """

@@ -1,0 +1,312 @@
+"""Tables over cells (unit, scheme): what a choice costs and how much it hurts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mpq.core.errors import InvalidInputError, unknown
+from mpq.core.formats import Scheme
+from mpq.core.layers import UnitName
+
+Cell = tuple[UnitName, Scheme]
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """Which schemes each unit may take: the axis that all tables of a problem share.
+
+    Cells are numbered unit by unit; `offsets[u]` is the first cell of unit u.
+    """
+
+    units: tuple[UnitName, ...]
+    schemes: tuple[tuple[Scheme, ...], ...]
+    offsets: Indices = field(init=False, repr=False, compare=False)
+    _unit_index: dict[UnitName, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.units) != len(self.schemes):
+            raise InvalidInputError(
+                "cells", f"{len(self.units)} units but {len(self.schemes)} lists of schemes"
+            )
+        index = {name: i for i, name in enumerate(self.units)}
+        if len(index) != len(self.units):
+            twice = sorted({n for n in self.units if self.units.count(n) > 1})
+            raise InvalidInputError("cells", f"unit names appear twice: {', '.join(twice)}")
+        for name, schemes in zip(self.units, self.schemes, strict=True):
+            if not schemes:
+                raise InvalidInputError("no_choices", f"unit {name!r} has no scheme to choose from")
+            if len(set(schemes)) != len(schemes):
+                raise InvalidInputError("cells", f"unit {name!r} lists a scheme twice")
+        counts = np.fromiter((len(s) for s in self.schemes), np.int64, len(self.schemes))
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        offsets.setflags(write=False)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "_unit_index", index)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __iter__(self) -> Iterator[Cell]:
+        for name, schemes in zip(self.units, self.schemes, strict=True):
+            for scheme in schemes:
+                yield name, scheme
+
+    def unit_number(self, unit: UnitName) -> int:
+        """Return the position of a unit; raises for an unknown one."""
+        if unit not in self._unit_index:
+            raise unknown("unit", unit, self.units)
+        return self._unit_index[unit]
+
+    def index(self, cell: Cell) -> int:
+        """Return the number of a cell; raises where the unit may not take the scheme."""
+        unit, scheme = cell
+        number = self.unit_number(unit)
+        try:
+            return int(self.offsets[number]) + self.schemes[number].index(scheme)
+        except ValueError:
+            raise unknown(
+                f"scheme of unit {unit}", str(scheme), map(str, self.schemes[number])
+            ) from None
+
+    def restrict(self, allowed: Mapping[UnitName, Sequence[Scheme]]) -> tuple[Cells, Indices]:
+        """Return fewer cells, and the old number of each: units in `allowed` keep only those."""
+        for unit, schemes in allowed.items():
+            for scheme in schemes:
+                self.index((unit, scheme))
+        kept: list[tuple[Scheme, ...]] = []
+        numbers: list[int] = []
+        for u, (unit, schemes) in enumerate(zip(self.units, self.schemes, strict=True)):
+            wanted = set(allowed.get(unit, schemes))
+            kept.append(tuple(s for s in schemes if s in wanted))
+            numbers += [int(self.offsets[u]) + i for i, s in enumerate(schemes) if s in wanted]
+        return Cells(units=self.units, schemes=tuple(kept)), np.array(numbers, np.int64)
+
+
+def checked(what: str, cells: Cells, values: npt.ArrayLike) -> Floats:
+    """Return `values` as a read-only float64 array of one finite number per cell."""
+    array = np.array(values, np.float64)
+    if array.shape != (len(cells),):
+        raise InvalidInputError(
+            "table_incomplete", f"{what} has {array.shape} values for {len(cells)} cells"
+        )
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array))[0])
+        unit, scheme = list(cells)[bad]
+        raise InvalidInputError(
+            "table_not_finite", f"{what} of unit {unit!r} in {scheme} is {array[bad]}"
+        )
+    array.setflags(write=False)
+    return array
+
+
+def _gathered(values: Mapping[Cell, float]) -> tuple[Cells, list[float]]:
+    schemes: dict[UnitName, list[Scheme]] = {}
+    for unit, scheme in values:
+        schemes.setdefault(unit, []).append(scheme)
+    cells = Cells(units=tuple(schemes), schemes=tuple(tuple(s) for s in schemes.values()))
+    return cells, [values[cell] for cell in cells]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityTable:
+    """Predicted loss increase of each cell, additive over units; lower is better.
+
+    `stderr` is the standard error of each estimate, 0 where it is exact.
+    """
+
+    metric: str
+    cells: Cells
+    values: Floats
+    stderr: Floats
+
+    def __post_init__(self) -> None:
+        name = f"sensitivity {self.metric!r}"
+        object.__setattr__(self, "values", checked(name, self.cells, self.values))
+        stderr = checked(f"standard error of {name}", self.cells, self.stderr)
+        if (stderr < 0).any():
+            raise InvalidInputError("table_negative", f"{name} has a negative standard error")
+        object.__setattr__(self, "stderr", stderr)
+
+    @classmethod
+    def from_cells(
+        cls,
+        metric: str,
+        values: Mapping[Cell, float],
+        stderr: Mapping[Cell, float] | None = None,
+    ) -> SensitivityTable:
+        """Build a table from a mapping; cells are ordered by first appearance of their unit."""
+        cells, ordered = _gathered(values)
+        errors = [0.0 if stderr is None else stderr[cell] for cell in cells]
+        return cls(
+            metric=metric, cells=cells, values=np.array(ordered), stderr=np.array(errors)
+        )
+
+    def __getitem__(self, cell: Cell) -> float:
+        return float(self.values[self.cells.index(cell)])
+
+    def restrict(self, cells: Cells, numbers: Indices) -> SensitivityTable:
+        """Return the table over fewer cells (see `Cells.restrict`)."""
+        return SensitivityTable(
+            metric=self.metric,
+            cells=cells,
+            values=self.values[numbers],
+            stderr=self.stderr[numbers],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostTable:
+    """What each cell costs.
+
+    `fixed` is what no choice changes, `baseline` the cost of the network as it is (percentages
+    refer to it), `weights` the number of searched weights where "bits per weight" makes sense.
+    `low` and `high` bound a measured value with 95 % confidence; equal to `values` where exact.
+    """
+
+    name: str
+    unit: str  # "bytes" | "s" | "bitops" | "J"
+    cells: Cells
+    values: Floats
+    low: Floats
+    high: Floats
+    fixed: float = 0.0
+    baseline: float = float("nan")
+    weights: int = 0
+    provenance: str = "exact"
+
+    def __post_init__(self) -> None:
+        for part in ("values", "low", "high"):
+            array = checked(f"cost {self.name!r}", self.cells, getattr(self, part))
+            if (array < 0).any():
+                bad = int(np.flatnonzero(array < 0)[0])
+                unit, scheme = list(self.cells)[bad]
+                raise InvalidInputError(
+                    "table_negative",
+                    f"cost {self.name!r} of unit {unit!r} in {scheme} is negative: {array[bad]}",
+                )
+            object.__setattr__(self, part, array)
+
+    @classmethod
+    def exact(
+        cls,
+        name: str,
+        unit: str,
+        cells: Cells,
+        values: npt.ArrayLike,
+        *,
+        fixed: float = 0.0,
+        baseline: float = float("nan"),
+        weights: int = 0,
+        provenance: str = "exact",
+    ) -> CostTable:
+        """Build a table whose values carry no error."""
+        array = np.asarray(values, np.float64)
+        return cls(
+            name=name,
+            unit=unit,
+            cells=cells,
+            values=array,
+            low=array,
+            high=array,
+            fixed=fixed,
+            baseline=baseline,
+            weights=weights,
+            provenance=provenance,
+        )
+
+    @classmethod
+    def from_cells(
+        cls,
+        name: str,
+        unit: str,
+        values: Mapping[Cell, float],
+        *,
+        fixed: float = 0.0,
+        provenance: str = "exact",
+    ) -> CostTable:
+        """Build an exact table from a mapping."""
+        cells, ordered = _gathered(values)
+        return cls.exact(name, unit, cells, ordered, fixed=fixed, provenance=provenance)
+
+    def __getitem__(self, cell: Cell) -> float:
+        return float(self.values[self.cells.index(cell)])
+
+    def restrict(self, cells: Cells, numbers: Indices) -> CostTable:
+        """Return the table over fewer cells (see `Cells.restrict`)."""
+        return CostTable(
+            name=self.name,
+            unit=self.unit,
+            cells=cells,
+            values=self.values[numbers],
+            low=self.low[numbers],
+            high=self.high[numbers],
+            fixed=self.fixed,
+            baseline=self.baseline,
+            weights=self.weights,
+            provenance=self.provenance,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """The response of the network's output to each cell, as seen by random probes.
+
+    `vectors[c, n, k]` is u_c of sample n and probe k, so that the predicted loss of a whole
+    allocation is 1/2 mean_nk (sum_u u[a(u), n, k])^2: squares are the additive scores, cross
+    products tell which units cancel and which reinforce each other.
+    """
+
+    cells: Cells
+    vectors: npt.NDArray[np.float32]  # (num_cells, num_samples, num_probes)
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 3 or len(self.vectors) != len(self.cells):
+            raise InvalidInputError(
+                "table_incomplete",
+                f"responses of shape {self.vectors.shape} for {len(self.cells)} cells",
+            )
+        if not np.isfinite(self.vectors).all():
+            raise InvalidInputError("table_not_finite", "responses hold NaN or infinity")
+        self.vectors.setflags(write=False)
+
+    def restrict(self, cells: Cells, numbers: Indices) -> Responses:
+        """Return the responses of fewer cells (see `Cells.restrict`)."""
+        return Responses(cells=cells, vectors=self.vectors[numbers])
+
+    def own_scores(self) -> tuple[Floats, Floats]:
+        """Return each cell's own score 1/2 mean u^2 and its standard error over samples."""
+        per_sample = 0.5 * np.square(self.vectors, dtype=np.float64).mean(axis=2)
+        samples = per_sample.shape[1]
+        spread = per_sample.std(axis=1, ddof=1) if samples > 1 else np.zeros(len(per_sample))
+        return per_sample.mean(axis=1), spread / np.sqrt(samples)
+
+    def interactions(self) -> Floats:
+        """Return G with G[i, j] = 1/2 mean_nk u_i u_j, off-diagonals shrunk by their own error.
+
+        The score of an allocation with one-hot x is x^T G x. Each off-diagonal term g with
+        standard error s (over samples) is multiplied by max(0, 1 - s^2/g^2), the positive-part
+        shrinkage towards "no interaction", because the additive model is right where the
+        sample cannot tell otherwise.
+        """
+        vectors = self.vectors.astype(np.float64)
+        num_cells, samples, probes = vectors.shape
+        mean = np.zeros((num_cells, num_cells))
+        square = np.zeros((num_cells, num_cells))
+        for n in range(samples):
+            product = 0.5 * (vectors[:, n] @ vectors[:, n].T) / probes
+            mean += product
+            square += np.square(product)
+        mean /= samples
+        if samples > 1:
+            variance = np.maximum(square / samples - np.square(mean), 0.0) / (samples - 1)
+            keep = np.maximum(0.0, 1.0 - variance / np.maximum(np.square(mean), 1e-300))
+        else:
+            keep = np.zeros_like(mean)  # one sample carries no error estimate: stay additive
+        np.fill_diagonal(keep, 1.0)
+        return mean * keep
