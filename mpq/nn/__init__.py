@@ -1,0 +1,1 @@
+"""What scoring, costing and evaluation need from torch."""

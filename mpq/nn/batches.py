@@ -1,0 +1,119 @@
+"""Calibration batches of any common shape: call a model on one, count, cut and move it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpq.core.errors import InvalidInputError
+
+Batch = Any  # a tensor, a tuple or list, or a mapping such as transformers' BatchEncoding
+_TARGETS = ("labels", "label", "targets", "target")
+
+
+def arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments with which `model` takes `batch`.
+
+    A tensor is the only argument. A mapping gives keywords, without labels. A tuple gives as
+    many positional arguments as `forward` requires; what follows them are targets, so that
+    (images, labels) works for a model of images.
+    """
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), {k: v for k, v in batch.items() if k not in _TARGETS}
+    if isinstance(batch, tuple | list) and batch:
+        return tuple(batch[: max(1, _required(model))]), {}
+    raise InvalidInputError(
+        "batch",
+        f"a batch is a tensor, a non-empty tuple or a mapping, got {type(batch).__name__}",
+    )
+
+
+def _required(model: nn.Module) -> int:
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def call(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Run the model on a batch and return its output tensor (logits where it names them)."""
+    args, kwargs = arguments(model, batch)
+    return output_tensor(model(*args, **kwargs))
+
+
+def output_tensor(output: Any) -> torch.Tensor:
+    """Return the tensor a model's output stands for: itself, `.logits`, or the first tensor."""
+    if isinstance(output, torch.Tensor):
+        return output
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    if isinstance(named.get("logits"), torch.Tensor):
+        return torch.as_tensor(named["logits"])
+    parts = output.values() if isinstance(output, Mapping) else output
+    for part in parts if isinstance(parts, Sequence) else list(parts):
+        if isinstance(part, torch.Tensor):
+            return part
+    raise InvalidInputError("output", f"no tensor in the output of type {type(output).__name__}")
+
+
+def _leaves(batch: Batch) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+def num_samples(batch: Batch) -> int:
+    """Return the size of the first axis of the first tensor."""
+    leaves = _leaves(batch)
+    if not leaves or leaves[0].ndim == 0:
+        raise InvalidInputError("batch", "a batch holds at least one tensor with a sample axis")
+    return int(leaves[0].shape[0])
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Return samples start..stop of a batch; what has no sample axis is passed on whole."""
+    total = num_samples(batch)
+
+    def part(value: Any) -> Any:
+        is_samples = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total
+        return value[start:stop] if is_samples else value
+
+    if isinstance(batch, torch.Tensor):
+        return part(batch)
+    if isinstance(batch, Mapping):
+        return {key: part(value) for key, value in batch.items()}
+    return tuple(part(value) for value in batch)
+
+
+def position_mask(batch: Batch, output: torch.Tensor) -> torch.Tensor | None:
+    """Return the attention mask where it tells which output positions are real, else None."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, torch.Tensor) and output.ndim == 3 and mask.shape == output.shape[:2]:
+        return mask
+    return None
+
+
+def describe(batch: Batch) -> str:
+    """Return the shapes of a batch in one line."""
+    if isinstance(batch, Mapping):
+        return ", ".join(
+            f"{k} {list(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)
+        )
+    return ", ".join(f"{list(leaf.shape)}" for leaf in _leaves(batch))
+
+
+def check_batches(what: str, batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """Return the batches as a tuple; raises where there are none or one has no samples."""
+    if isinstance(batches, torch.Tensor | Mapping | str):
+        raise InvalidInputError(
+            "batches", f"{what} is a list of batches, got a {type(batches).__name__}: write [it]"
+        )
+    checked = tuple(batches)
+    if not checked or sum(num_samples(batch) for batch in checked) == 0:
+        raise InvalidInputError("no_batches", f"{what} is empty: give at least one batch")
+    return checked

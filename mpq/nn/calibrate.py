@@ -1,0 +1,45 @@
+"""Ranges of layer inputs over the calibration batches, for kernels with static scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from mpq.core.layers import LayerGraph, LayerName
+from mpq.nn.batches import Batch, call
+from mpq.nn.patch import Limits, evaluating
+
+
+def input_limits(model: nn.Module, graph: LayerGraph, batches: Sequence[Batch]) -> Limits:
+    """Return (smallest, largest) input of each searched convolution over all batches.
+
+    Integer convolution kernels take static ranges; those of linear layers are dynamic and need
+    no calibration. Costs one forward pass over the batches.
+    """
+    kinds = graph.by_name
+    names = [n for u in graph.units for n in u.layers if kinds[n].kind.startswith("conv")]
+    return _min_max(model, names, batches)
+
+
+def _min_max(model: nn.Module, names: Iterable[LayerName], batches: Sequence[Batch]) -> Limits:
+    limits: dict[LayerName, tuple[float, float]] = {}
+    modules = dict(model.named_modules())
+
+    def observe(name: LayerName, value: torch.Tensor) -> None:
+        low, high = limits.get(name, (0.0, 0.0))
+        limits[name] = (min(low, float(value.min())), max(high, float(value.max())))
+
+    def hook(name: LayerName) -> torch.utils.hooks.RemovableHandle:
+        return modules[name].register_forward_pre_hook(lambda _, args: observe(name, args[0]))
+
+    handles = [hook(name) for name in names]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches if handles else ():
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return limits

@@ -1,0 +1,86 @@
+"""How far two outputs of the network are apart, and the square root of its curvature.
+
+For outputs z of the original and z' of the quantized network the divergence of a sample is
+
+    kl      mean over positions of KL(softmax z || softmax z')
+    cosine  mean over positions of 1 - cos(z, z')
+    mse     mean over elements of (z - z')^2
+
+To second order each is 1/2 |S^T dh|^2 with h = head(z) and a known S (kl: S S^T = diag p - p p^T
+at each position), which is what the response sketch probes with random signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+Kind = Literal["kl", "cosine", "mse"]
+
+
+def detect(output: torch.Tensor) -> Kind:
+    """Return "cosine" for outputs of unit length (embeddings), "kl" for anything else."""
+    norms = output.detach().float().norm(dim=-1)
+    unit = output.shape[-1] > 1 and bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-3))
+    return "cosine" if unit else "kl"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDivergence:
+    """One of the three divergences; classes are on axis 1 of image maps, else on the last."""
+
+    kind: Kind
+
+    def head(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the differentiable h(z): normalised for cosine, classes last for kl."""
+        if self.kind == "cosine":
+            return F.normalize(output, dim=-1)
+        if self.kind == "kl" and output.ndim == 4:
+            return output.movedim(1, -1)
+        return output
+
+    def between(
+        self, original: torch.Tensor, output: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the divergence of each sample, shape (N,), in float32 or wider."""
+        wide = torch.promote_types(original.dtype, torch.float32)
+        reference, changed = self.head(original.to(wide)), self.head(output.to(wide))
+        if self.kind == "mse":
+            return (reference - changed).square().flatten(1).mean(1)
+        if self.kind == "cosine":
+            at_position = 0.5 * (reference - changed).square().sum(-1)  # = 1 - cos, without
+        else:  # the cancellation of 1 - cos
+            log_p, log_q = reference.log_softmax(-1), changed.log_softmax(-1)
+            at_position = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return self._per_sample(at_position * self._position_weights(at_position, mask))
+
+    def seeds(
+        self, head: torch.Tensor, signs: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return S r for sign vectors r of the shape of `head`, ready to be back-propagated.
+
+        E_r (S r)(S r)^T = S S^T, so 1/2 E_r <S r, dh>^2 is the divergence to second order.
+        """
+        if self.kind == "mse":
+            return signs * (2.0 / head[0].numel()) ** 0.5
+        weights = self._position_weights(head[..., 0], mask).sqrt()
+        if self.kind == "cosine":
+            return signs * weights.unsqueeze(-1)
+        root = head.softmax(-1).sqrt()
+        projected = signs - root * (root * signs).sum(-1, keepdim=True)
+        return root * projected * weights.unsqueeze(-1)
+
+    @staticmethod
+    def _per_sample(positions: torch.Tensor) -> torch.Tensor:
+        return positions.flatten(1).sum(1) if positions.ndim > 1 else positions
+
+    @staticmethod
+    def _position_weights(positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return weights that average the real positions of each sample."""
+        real = torch.ones_like(positions) if mask is None else mask.to(positions)
+        total = real.flatten(1).sum(1) if real.ndim > 1 else real
+        shape = (-1,) + (1,) * (real.ndim - 1)
+        return real / total.clamp_min(1e-9).reshape(shape)

@@ -1,0 +1,283 @@
+"""Read a network and one sample into a LayerGraph: layers, units, and what stays outside."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unit, Unsearched
+from mpq.core.patterns import matching
+from mpq.nn.batches import Batch, call, describe
+from mpq.nn.patch import evaluating
+from mpq.nn.units import group_units
+
+Groups = Literal["auto", "none"] | Sequence[Sequence[str]]
+
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.Embedding: "embedding",
+}
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Return the layer kind of a module, None where it is not one that can be searched."""
+    for cls, kind in _KINDS.items():
+        if isinstance(module, cls) and "weight" in module._parameters:
+            return kind
+    return None
+
+
+@dataclass
+class _Trace:
+    """What one forward pass showed of one module."""
+
+    inputs: list[tuple[int, ...]] = field(default_factory=list)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)
+    order: int = -1
+    source: int = -1  # identity of the first input tensor: who reads the same tensor
+
+
+def build_graph(
+    model: nn.Module,
+    sample: Batch,
+    *,
+    skip: Sequence[str] = (),
+    groups: Groups = "auto",
+    embeddings: bool = False,
+) -> LayerGraph:
+    """Return the layer graph of `model` as it runs on `sample` (one forward pass).
+
+    `skip` holds layer names or shell patterns that stay out of the search; embeddings, and
+    layers tied to one, stay out unless `embeddings`. Raises InvalidInputError where nothing can
+    be quantized, a pattern matches nothing, a searched weight is not finite, or the model is
+    already quantized.
+    """
+    _refuse_quantized(model)
+    modules = {
+        name: module for name, module in model.named_modules() if kind_of(module) is not None
+    }
+    if not modules:
+        seen = sorted({type(module).__name__ for module in model.modules()})
+        raise InvalidInputError(
+            "nothing_to_quantize",
+            f"no {', '.join(sorted(set(_KINDS.values())))} layer with a weight in the model; "
+            f"module types seen: {', '.join(seen)}",
+        )
+    with evaluating(model), torch.no_grad():
+        traces = _trace(model, modules, sample)
+    owners = _parameter_names(model)
+    layers = {
+        name: _layer(name, module, traces[name], owners) for name, module in modules.items()
+    }
+    reasons = _reasons_outside(layers, _skipped(layers, skip), embeddings)
+    searched = {name: layer for name, layer in layers.items() if name not in reasons}
+    if not searched:
+        why = "; ".join(sorted(set(reasons.values())))
+        raise InvalidInputError("nothing_to_quantize", f"every layer is left out: {why}")
+    _refuse_not_finite({name: modules[name] for name in searched})
+    in_order = sorted(searched.values(), key=lambda layer: layer.order)
+    return LayerGraph(
+        layers=tuple(sorted(layers.values(), key=lambda layer: (layer.order < 0, layer.order))),
+        units=group_units(in_order, {n: t.source for n, t in traces.items()}, groups),
+        unsearched=_unsearched(model, searched, layers, reasons),
+        sample=describe(sample),
+    )
+
+
+def _trace(
+    model: nn.Module, modules: Mapping[LayerName, nn.Module], sample: Batch
+) -> dict[LayerName, _Trace]:
+    traces = {name: _Trace() for name in modules}
+    first_calls: list[LayerName] = []
+    alive: list[torch.Tensor] = []  # keeps inputs alive, so that identities stay unique
+
+    def record(name: LayerName) -> RemovableHandle:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            trace = traces[name]
+            if trace.order < 0:
+                trace.order = len(first_calls)
+                trace.source = id(args[0])
+                first_calls.append(name)
+                alive.append(args[0])
+            trace.inputs.append(tuple(args[0].shape))
+            trace.outputs.append(tuple(output.shape))
+
+        return modules[name].register_forward_hook(hook)
+
+    handles = [record(name) for name in modules]
+    try:
+        first = call(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _warn_if_not_repeatable(first, call(model, sample))
+    return traces
+
+
+def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        spread = float((first - second).abs().max())
+        warnings.warn(
+            f"the model is not deterministic: two passes over the same sample differ by up to "
+            f"{spread:.3g}; scores will carry that noise",
+            stacklevel=4,
+        )
+
+
+def _layer(
+    name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[int, str]
+) -> Layer:
+    kind = kind_of(module)
+    weight = module._parameters["weight"]
+    assert kind is not None
+    assert weight is not None
+    output = trace.outputs[0] if trace.outputs else ()
+    return Layer(
+        name=name,
+        kind=kind,
+        weight_shape=tuple(weight.shape),
+        weight_id=owners[id(weight)],
+        weight_bytes=weight.numel() * weight.element_size(),
+        input_shape=trace.inputs[0] if trace.inputs else (),
+        output_shape=output,
+        macs=sum(_macs(kind, weight, i, o) for i, o in zip(trace.inputs, trace.outputs, strict=True)),
+        calls=len(trace.inputs),
+        order=trace.order,
+        convolution=_convolution(module),
+    )
+
+
+def _macs(
+    kind: str, weight: torch.Tensor, inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> int:
+    """Return multiply-accumulates of one call: each output (input, if transposed) position."""
+    if kind == "embedding":
+        return 0
+    if kind == "linear":
+        return math.prod(outputs) * weight.shape[1]
+    through = inputs if kind == "conv_transpose2d" else outputs
+    return math.prod(through) * math.prod(weight.shape[1:])
+
+
+def _convolution(module: nn.Module) -> Convolution | None:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
+        return None
+    padding = module.padding
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = tuple(s // 2 if padding == "same" else 0 for s in spans)
+    return Convolution(
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=tuple(padding),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        output_padding=tuple(module.output_padding),
+    )
+
+
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}  # the first name of tied ones
+
+
+def _skipped(layers: Mapping[LayerName, Layer], patterns: Sequence[str]) -> dict[LayerName, str]:
+    return {
+        name: f"skipped as asked ({pattern})"
+        for pattern in patterns
+        for name in matching("skip", pattern, layers)
+    }
+
+
+def _reasons_outside(
+    layers: Mapping[LayerName, Layer], skipped: Mapping[LayerName, str], embeddings: bool
+) -> dict[LayerName, str]:
+    reasons = dict(skipped)
+    for name, layer in layers.items():
+        if name in reasons:
+            continue
+        if layer.num_weights == 0:
+            reasons[name] = "it has no weights"
+        elif layer.calls == 0:
+            reasons[name] = "not called on the sample"
+        elif layer.kind == "embedding" and not embeddings:
+            reasons[name] = "embeddings are searched only when asked (embeddings=True)"
+    tied_outside = {layers[name].weight_id: name for name in reasons}
+    for name, layer in layers.items():
+        if name not in reasons and layer.weight_id in tied_outside:
+            reasons[name] = f"tied to {tied_outside[layer.weight_id]}, which is left out"
+    return reasons
+
+
+def _unsearched(
+    model: nn.Module,
+    searched: Mapping[LayerName, Layer],
+    layers: Mapping[LayerName, Layer],
+    reasons: Mapping[LayerName, str],
+) -> tuple[Unsearched, ...]:
+    weights = {layer.weight_id for layer in searched.values()}
+    why = {layers[name].weight_id: reason for name, reason in reasons.items()}
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+
+    def reason(name: str, tensor: torch.Tensor, is_buffer: bool) -> str:
+        owner, _, leaf = name.rpartition(".")
+        if name in why:
+            return why[name]
+        if is_buffer:
+            return f"buffer of {kinds[owner]}"
+        if tensor.ndim == 1:
+            return f"{leaf} vector of {kinds[owner]}, kept as it is"
+        return f"{tensor.ndim}-d parameter of {kinds[owner]}: no layer kind that can be searched"
+
+    persistent = set(model.state_dict(keep_vars=True))
+    stored = [(n, p, False) for n, p in model.named_parameters() if n not in weights]
+    stored += [(n, b, True) for n, b in model.named_buffers() if n in persistent]
+    return tuple(
+        Unsearched(
+            name=name,
+            elements=tensor.numel(),
+            bytes=tensor.numel() * tensor.element_size(),
+            reason=reason(name, tensor, is_buffer),
+        )
+        for name, tensor, is_buffer in stored
+    )
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else config
+    integer = [
+        name
+        for name, p in model.named_parameters()
+        if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor)
+    ]
+    if method or integer:
+        found = f"quantization_config {method}" if method else f"parameter {integer[0]!r}"
+        raise InvalidInputError(
+            "already_quantized",
+            f"the model is already quantized ({found}): give the original floating-point model",
+        )
+
+
+def _refuse_not_finite(modules: Mapping[LayerName, nn.Module]) -> None:
+    for name, module in modules.items():
+        weight = module._parameters["weight"]
+        assert weight is not None
+        bad = ~torch.isfinite(weight.detach())
+        if bad.any():
+            first = [int(i) for i in bad.nonzero()[0]]
+            raise InvalidInputError(
+                "weights_not_finite",
+                f"layer {name!r} has {int(bad.sum())} weights that are NaN or infinite, the first "
+                f"at {first}: repair it or leave it out with skip=[{name!r}]",
+            )

@@ -1,0 +1,95 @@
+"""Borrow a model: everything changed inside a `with` block is back, bit for bit, after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mpq.core.formats import Scheme
+from mpq.core.layers import LayerName
+from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
+
+Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer inputs
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every module in eval mode (no dropout, frozen batch norm), keeping the RNG state."""
+    training = [module for module in model.modules() if module.training]
+    generator = torch.get_rng_state()
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+        torch.set_rng_state(generator)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch gradients of all parameters off, and back as they were."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    schemes: Mapping[LayerName, Scheme],
+    *,
+    quantizer: WeightQuantizer | None = None,
+    limits: Limits | None = None,
+) -> Iterator[nn.Module]:
+    """Run the model as its layers' schemes would: weights and layer inputs fake-quantized.
+
+    Weights are replaced, never written to, so the originals come back as the same objects, also
+    on error; a tied weight is replaced wherever it is used. `limits` gives static ranges of
+    layer inputs; layers without one quantize dynamically, sample by sample.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in schemes if name not in modules]
+    if missing:
+        raise KeyError(f"the model has no layer {missing[0]!r}")
+    with ExitStack() as restore:
+        replaced: dict[int, nn.Parameter] = {}
+        quantizer = quantizer or WeightQuantizer()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, scheme in schemes.items():
+            module = modules[name]
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if id(weight) not in replaced and scheme.weights.bits < 32:
+                axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+                stored = quantizer.fake_quantize(
+                    names[id(weight)], weight.detach(), scheme.weights, axis
+                )
+                replaced[id(weight)] = nn.Parameter(stored, requires_grad=False)
+            if not scheme.activations.is_native:
+                limit = (limits or {}).get(name)
+                restore.callback(_quantize_input(module, scheme, limit).remove)
+        for module in modules.values():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) in replaced:
+                    restore.callback(module._parameters.__setitem__, key, parameter)
+                    module._parameters[key] = replaced[id(parameter)]
+        yield model
+
+
+def _quantize_input(
+    module: nn.Module, scheme: Scheme, limit: tuple[float, float] | None
+) -> RemovableHandle:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (fake_quantize_activation(args[0], scheme.activations, limit), *args[1:])
+
+    return module.register_forward_pre_hook(hook)

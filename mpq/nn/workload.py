@@ -1,0 +1,73 @@
+"""What a worker needs to score and measure: the borrowed model, its data and the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import Scheme
+from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.problem import Allocation
+from mpq.core.tables import Cells
+from mpq.nn.batches import Batch, call, describe
+from mpq.nn.divergence import OutputDivergence
+from mpq.nn.patch import Limits
+from mpq.nn.quantizers import WeightQuantizer
+
+Loss = Callable[[Any, Batch], torch.Tensor]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A network with its calibration and held-out batches and what may be chosen for it.
+
+    `key` names the network, its data and everything else scores depend on, except the batch,
+    which is `batch_keys[i]`.
+    """
+
+    model: nn.Module
+    graph: LayerGraph
+    cells: Cells
+    calibration: tuple[Batch, ...]
+    held_out: tuple[Batch, ...]
+    divergence: OutputDivergence
+    quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
+    limits: Limits = field(default_factory=dict)
+    loss: Loss | None = None
+    evaluate: Evaluate | None = None
+    seed: int = 0
+    num_probes: int = 2
+    key: str = ""
+    batch_keys: tuple[str, ...] = ()
+
+    def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
+        """Return the scheme of each layer under an allocation of units."""
+        return {
+            layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers
+        }
+
+    def output(self, number: int, batch: Batch) -> torch.Tensor:
+        """Run the model on a calibration batch; errors name the batch and its shapes."""
+        try:
+            output = call(self.model, batch)
+        except InvalidInputError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InvalidInputError(
+                "batch_mismatch",
+                f"the model cannot run batch {number} ({describe(batch)}): {reason}",
+            ) from error
+        if not torch.isfinite(output).all():
+            raise InvalidInputError(
+                "output_not_finite",
+                f"the model's output on batch {number} ({describe(batch)}) is not finite: check "
+                f"the batch and the weights",
+            )
+        return output
