@@ -1,0 +1,1 @@
+"""Write an allocation for others to load: one target per file."""

@@ -1,0 +1,105 @@
+"""Where models, batches and functions come from: live objects, entry points, directories."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpq.core.errors import InvalidInputError, unknown
+
+
+def load_entry_point(text: str, what: str) -> Any:
+    """Return the object that "package.module:name" names; the working directory is searched too.
+
+    Raises InvalidInputError naming what could not be found.
+    """
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        raise InvalidInputError(
+            "entry_point", f"{what} is written 'package.module:name', got {text!r}"
+        )
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InvalidInputError(
+            "entry_point", f"{what} {text!r}: cannot import {module_name!r}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        known = [n for n in vars(module) if not n.startswith("_")]
+        raise unknown(f"name in {module_name}", name, known)
+    return getattr(module, name)
+
+
+def called(function: Callable[[], Any], what: str) -> Any:
+    """Call a user's factory; its own error is told in one line with what it was for."""
+    try:
+        return function()
+    except Exception as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(
+            "factory_failed", f"{what} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def load_model(source: nn.Module | str) -> nn.Module:
+    """Return the network: itself, what an entry point makes, or a Hugging Face directory's."""
+    if isinstance(source, nn.Module):
+        return source
+    if not isinstance(source, str):
+        raise InvalidInputError(
+            "model",
+            f"a model is an nn.Module, 'package.module:factory' or a directory, "
+            f"got {type(source).__name__}",
+        )
+    if Path(source).is_dir():
+        return _from_directory(Path(source))
+    model = called(load_entry_point(source, "model"), f"model {source!r}")
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            "model", f"{source!r} returned a {type(model).__name__}, not an nn.Module"
+        )
+    return model
+
+
+def _from_directory(directory: Path) -> nn.Module:
+    if not (directory / "config.json").exists():
+        raise InvalidInputError(
+            "model", f"{directory} has no config.json: not a Hugging Face model directory"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise InvalidInputError(
+            "model", "Hugging Face directories need transformers: pip install transformers"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    architectures = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    # Written-out attention differentiates twice on any device; remote code is never run.
+    model: nn.Module = (cls or transformers.AutoModel).from_pretrained(
+        directory, local_files_only=True, attn_implementation="eager", trust_remote_code=False
+    )
+    return model
+
+
+def load_batches(source: Any, what: str) -> Any:
+    """Return batches: themselves, or what an entry point makes."""
+    if isinstance(source, str):
+        return called(load_entry_point(source, what), f"{what} {source!r}")
+    return source
+
+
+def load_function(source: Any, what: str) -> Any:
+    """Return a function or None: itself, or what an entry point names."""
+    found = load_entry_point(source, what) if isinstance(source, str) else source
+    if found is not None and not callable(found):
+        raise InvalidInputError("entry_point", f"{what} {source!r} is not callable")
+    return found
