@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.protocols import Partial, Scores, Task
@@ -37,9 +38,10 @@ class HessianTrace:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per unit; its key holds model, data, cells, probes, loss and seed."""
         loss = workload.loss and f"{workload.loss.__module__}.{workload.loss.__qualname__}"
-        setting = (self.name, _VERSION, workload.key, workload.batch_keys, loss)
+        probes = (workload.num_probes, workload.seed)
+        setting = (self.name, _VERSION, workload.key, workload.batch_keys, loss, probes)
         return [
-            Task(digest(setting, unit, list(map(str, schemes)), workload.num_probes, workload.seed, number), (number,))
+            Task(digest(setting, unit, list(map(str, schemes)), number), (number,))
             for number, (unit, schemes) in enumerate(
                 zip(workload.cells.units, workload.cells.schemes, strict=True)
             )
@@ -100,7 +102,12 @@ def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[
     generator = torch.Generator().manual_seed(workload.seed * 1_000_003 + number)
     probes = _PROBES_FACTOR * workload.num_probes
     found = []
-    with evaluating(workload.model), frozen(workload.model), torch.enable_grad():
+    with (
+        evaluating(workload.model),
+        frozen(workload.model),
+        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no second derivative
+        torch.enable_grad(),
+    ):
         weight.requires_grad_(True)
         try:
             for position, batch in enumerate(workload.calibration):
@@ -118,6 +125,12 @@ def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[
                     (product,) = hessian_vector_product([gradient], [weight], [v])
                     draws.append(float((product * v).sum()))
                 found.append(draws)
+        except RuntimeError as error:
+            raise InvalidInputError(
+                "hessian_unsupported",
+                f"the model cannot be differentiated twice: {str(error).splitlines()[0]}; use "
+                f"metric='gauss_newton', which needs first derivatives only",
+            ) from error
         finally:
             weight.requires_grad_(False)
     return found

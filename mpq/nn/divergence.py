@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 Kind = Literal["kl", "cosine", "mse"]
+_SMALL = 2**24  # elements
 
 
 def detect(output: torch.Tensor) -> Kind:
@@ -45,8 +46,12 @@ class OutputDivergence:
     def between(
         self, original: torch.Tensor, output: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the divergence of each sample, shape (N,), in float32 or wider."""
-        wide = torch.promote_types(original.dtype, torch.float32)
+        """Return the divergence of each sample, shape (N,).
+
+        Computed in float64 where the outputs are small: at 8 bits the divergence is near the
+        rounding error of float32.
+        """
+        wide = torch.float64 if original.numel() <= _SMALL else torch.float32
         reference, changed = self.head(original.to(wide)), self.head(output.to(wide))
         if self.kind == "mse":
             return (reference - changed).square().flatten(1).mean(1)

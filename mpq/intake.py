@@ -1,0 +1,126 @@
+"""First stage: what the user gave becomes a checked Workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpq.choices import make_cells
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import Scheme
+from mpq.core.jobs import JobSpec
+from mpq.core.layers import Layer, LayerGraph
+from mpq.models import load_batches, load_function, load_model
+from mpq.nn.batches import Batch, arguments, check_batches, cut, describe, output_tensor
+from mpq.nn.calibrate import input_limits
+from mpq.nn.divergence import OutputDivergence, detect
+from mpq.nn.fingerprint import batches_digest, digest, model_digest
+from mpq.nn.graph import build_graph
+from mpq.nn.patch import evaluating
+from mpq.nn.quantizers import WeightQuantizer
+from mpq.nn.workload import Evaluate, Loss, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """The live objects of a job: as passed, or as its entry points made them."""
+
+    model: nn.Module
+    calibration: tuple[Batch, ...]
+    held_out: tuple[Batch, ...] = ()
+    sample: Batch | None = None
+    loss: Loss | None = None
+    evaluate: Evaluate | None = None
+
+
+def load(
+    model: Any,
+    calibration: Any,
+    *,
+    held_out: Any = None,
+    sample: Any = None,
+    loss: Any = None,
+    evaluate: Any = None,
+) -> Given:
+    """Load whatever is an entry point and check that batches are batches."""
+    held_out = load_batches(held_out, "held_out")
+    return Given(
+        model=load_model(model),
+        calibration=check_batches("calibration", load_batches(calibration, "calibration")),
+        held_out=() if held_out is None else check_batches("held_out", held_out),
+        sample=load_batches(sample, "sample"),
+        loss=load_function(loss, "loss"),
+        evaluate=load_function(evaluate, "evaluate"),
+    )
+
+
+def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
+    """Trace the network on the sample: the user's, or the first calibration sample alone."""
+    sample = cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
+    _check_runs(given.model, sample)
+    return build_graph(
+        given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
+    )
+
+
+def _check_runs(model: nn.Module, sample: Batch) -> torch.Tensor:
+    args, kwargs = arguments(model, sample)
+    try:
+        with evaluating(model), torch.no_grad():
+            return output_tensor(model(*args, **kwargs))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise InvalidInputError(
+            "batch_mismatch",
+            f"the model cannot run the sample ({describe(sample)}): {lines[0]}; forward takes "
+            f"{_signature(model)}",
+        ) from error
+
+
+def _signature(model: nn.Module) -> str:
+    import inspect
+
+    return str(inspect.signature(model.forward))
+
+
+def make_workload(
+    spec: JobSpec,
+    given: Given,
+    graph: LayerGraph,
+    schemes: Callable[[Layer], Sequence[Scheme]],
+) -> Workload:
+    """Put model, data and choices together; the key covers all that scores depend on."""
+    cells = make_cells(graph, schemes, spec.pin)
+    output = _check_runs(given.model, cut(given.calibration[0], 0, 1))
+    divergence = OutputDivergence(
+        detect(output) if spec.divergence == "auto" else spec.divergence
+    )
+    quantizes_inputs = any(
+        not s.activations.is_native for schemes in cells.schemes for s in schemes
+    )
+    key = digest(
+        model_digest(given.model),
+        [(unit.name, unit.layers) for unit in graph.units],
+        divergence.kind,
+        spec.clip,
+    )
+    return Workload(
+        model=given.model,
+        graph=graph,
+        cells=cells,
+        calibration=given.calibration,
+        held_out=given.held_out,
+        divergence=divergence,
+        quantizer=WeightQuantizer(spec.clip),
+        limits=input_limits(given.model, graph, given.calibration) if quantizes_inputs else {},
+        loss=given.loss,
+        evaluate=given.evaluate,
+        seed=spec.seed,
+        num_probes=spec.num_probes,
+        key=key,
+        batch_keys=batches_digest(given.calibration),
+    )
