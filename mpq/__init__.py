@@ -1,6 +1,12 @@
-"""Choose the number format of every layer under memory and measured-latency budgets."""
+"""Choose the number format of every layer under memory and measured-latency budgets.
+
+The core types are here at once; `search`, `solve`, `open_store` and the like are loaded on first
+use, so that `import mpq` loads neither torch nor ray.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from mpq.core.errors import (
     InfeasibleError,
@@ -9,8 +15,66 @@ from mpq.core.errors import (
     RunFailedError,
     StorageError,
 )
+from mpq.core.evaluation import Evaluation
 from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
+from mpq.core.jobs import JobSpec, RunState
+from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.problem import Allocation, Budget, Frontier, Problem, Solution, Status
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
+if TYPE_CHECKING:
+    from mpq.pipeline import run_job, search
+    from mpq.result import SearchResult
+    from mpq.store.store import open_store
+    from solvers import solve
+
 __version__ = "0.1.0"
+
+_LATER = {
+    "SearchResult": "mpq.result",
+    "open_store": "mpq.store.store",
+    "run_job": "mpq.pipeline",
+    "search": "mpq.pipeline",
+    "solve": "solvers",
+}
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Cells",
+    "CostTable",
+    "Evaluation",
+    "Format",
+    "Frontier",
+    "InfeasibleError",
+    "InvalidInputError",
+    "JobSpec",
+    "Layer",
+    "LayerGraph",
+    "MpqError",
+    "Problem",
+    "Responses",
+    "RunFailedError",
+    "RunState",
+    "Scheme",
+    "SearchResult",
+    "SensitivityTable",
+    "Solution",
+    "Status",
+    "StorageError",
+    "Unit",
+    "open_store",
+    "parse_format",
+    "parse_scheme",
+    "run_job",
+    "search",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        import importlib
+
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'mpq' has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +11,7 @@ from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
 from mpq.nn.batches import call, position_mask
 from mpq.nn.patch import evaluating, quantized
+from mpq.nn.shipping import ShippedWorkload
 from mpq.nn.workload import Workload
 
 Split = str  # "calibration" | "held_out"
@@ -49,9 +49,9 @@ class Bench:
         return self._references[split]
 
 
-def prepare(unpack: Callable[[], Workload]) -> Bench:
-    """Set a worker up for `measure`."""
-    return Bench(unpack())
+def prepare(source: Workload | ShippedWorkload) -> Bench:
+    """Set a worker up for scoring and measuring."""
+    return Bench(source.unpack() if isinstance(source, ShippedWorkload) else source)
 
 
 def measure(bench: Bench, candidate: Candidate) -> Evaluation:

@@ -1,39 +1,297 @@
-"""The stages of a search in order; reads as the data flow.
-
-model + calibration -> graph -> cells -> costs -> scores -> problem -> candidates -> measured choice
-"""
+"""The stages of a search in order; reads as the data flow."""
 
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from mpq.choices import make_cells, parse_schemes
+from mpq.candidates import Proposal, best, propose
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import Evaluation
-from mpq.core.formats import Scheme
-from mpq.core.jobs import JobSpec, RunState
-from mpq.core.layers import Layer, LayerGraph
-from mpq.core.problem import Allocation, Budget, BudgetText, Problem, Solution, Status
-from mpq.core.protocols import Executor, Partial, Scores, Task
-from mpq.core.tables import Cells, CostTable, SensitivityTable
-from mpq.evaluate import Bench, Candidate, measure, prepare
+from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
+from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
+from mpq.core.tables import CostTable, SensitivityTable
+from mpq.costing import Hardware, cost_tables
+from mpq.evaluate import Candidate, measure, prepare
 from mpq.export.packed import write_packed
-from mpq.models import load_batches, load_function, load_model
-from mpq.nn.batches import Batch, check_batches, cut, output_tensor
-from mpq.nn.calibrate import input_limits
-from mpq.nn.divergence import OutputDivergence, detect
-from mpq.nn.fingerprint import batches_digest, digest, model_digest
-from mpq.nn.graph import build_graph
-from mpq.nn.quantizers import WeightQuantizer
+from mpq.intake import Given, graph_of, load, make_workload
 from mpq.nn.shipping import ship
 from mpq.nn.workload import Workload
-from mpq.progress import Progress, Silent
+from mpq.progress import Bars, Progress, Silent
+from mpq.result import CHOSEN, SearchResult
+from mpq.scoring import score, search_ranges
 from mpq.store.store import Store, open_store
+from solvers import solve
+from workers import get_executor
+
+
+def search(
+    model: nn.Module | str,
+    calibration: Any,
+    *,
+    budgets: Sequence[str | Budget],
+    schemes: Sequence[str] | None = None,
+    metric: str = "gauss_newton",
+    solver: str = "auto",
+    loss: Any = None,
+    evaluate: Any = None,
+    held_out: Any = None,
+    sample: Any = None,
+    divergence: Divergence = "auto",
+    skip: Sequence[str] = (),
+    pin: Mapping[str, str] | None = None,
+    groups: Literal["auto", "none"] | Sequence[Sequence[str]] = "auto",
+    embeddings: bool = False,
+    clip: Clip = "minmax",
+    hardware: Literal["local"] = "local",
+    executor: Literal["ray", "serial"] = "ray",
+    num_workers: int | None = None,
+    num_probes: int = 2,
+    seed: int = 0,
+    storage: str | Store | None = None,
+    name: str = "",
+    progress: Progress | bool = False,
+) -> SearchResult:
+    """Choose a scheme for every layer under all budgets, measure it, and keep everything.
+
+    `model` is an nn.Module, "package.module:factory" or a Hugging Face directory; `calibration`
+    and `held_out` are lists of batches or entry points of functions that return them; `sample`
+    is one batch of the shape that will be served (default: one calibration sample), which MACs
+    and latency are for. Budgets are texts such as "memory <= 60%", "latency <= 3 ms",
+    "memory <= uniform int4" or Budget records. `schemes` defaults to what this machine's kernels
+    run. `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
+    {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
+    unit length, else kl of logits). `clip` is how weight ranges are cut.
+
+    Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
+    allocation meets the budgets (before anything is scored), RunFailedError for broken work.
+    """
+    if hardware != "local":
+        raise InvalidInputError(
+            "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
+        )
+    if isinstance(budgets, str | Budget):
+        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    spec = JobSpec(
+        name=name,
+        model=_text(model),
+        calibration=_text(calibration),
+        held_out=None if held_out is None else _text(held_out),
+        sample=None if sample is None else _text(sample),
+        evaluate=None if evaluate is None else _text(evaluate),
+        loss=None if loss is None else _text(loss),
+        divergence=divergence,
+        budgets=tuple(b if isinstance(b, str) else budget_text(b) for b in budgets),
+        schemes=tuple(str(s) for s in schemes) if schemes is not None else (),
+        metric=metric,
+        solver=solver,
+        clip=clip,
+        skip=tuple(skip),
+        pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
+        groups=groups if isinstance(groups, str) else tuple(tuple(g) for g in groups),
+        embeddings=embeddings,
+        executor=executor,
+        num_workers=num_workers,
+        seed=seed,
+        num_probes=num_probes,
+    )
+    given = load(
+        model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate
+    )
+    listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
+    return run(spec, given, open_store(storage), listener)
+
+
+def run_job(
+    spec: JobSpec, storage: str | Store | None = None, progress: Progress | None = None
+) -> SearchResult:
+    """Run a job whose parts are entry points, here and now."""
+    given = load(
+        spec.model,
+        spec.calibration,
+        held_out=spec.held_out,
+        sample=spec.sample,
+        loss=spec.loss,
+        evaluate=spec.evaluate,
+    )
+    return run(spec, given, open_store(storage), progress or Silent())
+
+
+def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> SearchResult:
+    """Do every stage of a checked job; a failure is kept with the run and raised."""
+    budgets = [BudgetText.parse(text) for text in spec.budgets]
+    hardware = Hardware(spec, budgets, store, progress)
+    graph = graph_of(spec, given)
+    workload = make_workload(spec, given, graph, hardware.schemes)
+    run_id = store.create_run(spec, hardware.device)
+    store.set_state(run_id, RunState.RUNNING)
+    try:
+        store.put_graph(run_id, graph)
+        for reason in hardware.left_out:
+            store.log(run_id, "left out", reason)
+        costs = cost_tables(graph, workload.cells, hardware)
+        for table in costs.values():
+            store.put_cost(run_id, table)
+        resolved = [budget.resolve(costs) for budget in budgets]
+        _refuse_infeasible(workload, costs, resolved)
+        with ExitStack() as stack:
+            executor = get_executor(spec.executor, spec.num_workers)
+            stack.callback(executor.close)
+            search_ranges(workload, progress)
+            setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
+            scores = score(workload, spec.metric, executor, setup, store, progress)
+            problem = Problem(
+                sensitivity=scores.sensitivity,
+                costs=costs,
+                budgets=tuple(resolved),
+                responses=scores.responses,
+            )
+            store.put_sensitivity(run_id, scores.sensitivity)
+            if scores.responses is not None:
+                store.put_responses(run_id, scores.responses)
+            measured = partial(_measure, executor, setup, store, run_id, progress)
+            chosen = _choose(problem, spec, measured, store, run_id)
+            _compare(chosen, problem, workload, measured, store, run_id)
+        _weigh(chosen, workload, store, run_id)
+        store.set_state(run_id, RunState.SUCCEEDED)
+    except MpqError as error:
+        store.set_state(run_id, RunState.FAILED, error)
+        raise
+    except KeyboardInterrupt:
+        store.set_state(run_id, RunState.STOPPED)
+        raise
+    except Exception as error:
+        failure = RunFailedError("run_failed", f"{type(error).__name__}: {error}")
+        store.set_state(run_id, RunState.FAILED, failure)
+        raise
+    return SearchResult(store, run_id)
+
+
+Measure = Callable[[Sequence[Candidate]], dict[str, Evaluation]]
+
+
+def _refuse_infeasible(
+    workload: Workload, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
+) -> None:
+    """Raise InfeasibleError before anything is scored where no choice meets the budgets."""
+    nothing = [0.0] * len(workload.cells)
+    table = SensitivityTable(
+        metric="none", cells=workload.cells, values=nothing, stderr=nothing  # type: ignore[arg-type]
+    )
+    solution = solve(Problem(sensitivity=table, costs=costs, budgets=tuple(budgets)), "ilp")
+    if solution.infeasibility is not None:
+        raise InfeasibleError("infeasible", solution.infeasibility.message)
+
+
+def _measure(
+    executor: Any,
+    setup: Callable[[], Any],
+    store: Store,
+    run_id: str,
+    progress: Progress,
+    candidates: Sequence[Candidate],
+) -> dict[str, Evaluation]:
+    """Measure candidates of one split on the workers and keep each result as it arrives."""
+    found: dict[str, Evaluation] = {}
+    with progress.stage(f"measuring ({candidates[0].split})", len(candidates)) as advance:
+        for _, evaluation in executor.map(setup, measure, candidates):
+            store.put_evaluation(run_id, evaluation)
+            found[evaluation.candidate] = evaluation
+            advance()
+    return found
+
+
+def _choose(
+    problem: Problem, spec: JobSpec, measured: Measure, store: Store, run_id: str
+) -> Proposal:
+    """Return the proposal that is best on calibration data; it becomes the chosen solution."""
+    proposals = propose(problem, spec.solver)
+    evaluations = measured(
+        [
+            Candidate(name=p.name, split="calibration", allocation=p.allocation, predicted=p.predicted)
+            for p in proposals
+        ]
+    )
+    for proposal in proposals:
+        store.put_solution(run_id, proposal.name, proposal.solution)
+    chosen = best(proposals, evaluations)
+    store.put_solution(run_id, CHOSEN, chosen.solution)
+    store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
+    store.log(run_id, "chosen", f"{chosen.name} measured best of {len(proposals)} on calibration")
+    return chosen
+
+
+def _compare(
+    chosen: Proposal,
+    problem: Problem,
+    workload: Workload,
+    measured: Measure,
+    store: Store,
+    run_id: str,
+) -> None:
+    """Measure the chosen allocation and the uniform schemes that fit on held-out data."""
+    if not workload.held_out:
+        store.log(run_id, "not checked", "no held-out batches were given")
+        return
+    candidates = [
+        Candidate(
+            name=CHOSEN,
+            split="held_out",
+            allocation=chosen.allocation,
+            predicted=chosen.predicted,
+            with_metrics=True,
+        ),
+        Candidate(
+            name="unquantized", split="held_out", allocation=Allocation({}), with_metrics=True
+        ),
+    ]
+    fitting = [
+        (scheme, allocation)
+        for scheme, allocation in problem.uniform().items()
+        if problem.fits(allocation)
+    ]
+    candidates += [
+        Candidate(
+            name=f"uniform {scheme}", split="held_out", allocation=allocation, with_metrics=True
+        )
+        for scheme, allocation in fitting
+    ]
+    measured(candidates)
+
+
+def _weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:
+    """Write the chosen network to a file, count its bytes, and keep them with the evaluation."""
+    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+        packed = write_packed(
+            Path(folder) / "packed.safetensors",
+            workload.model,
+            workload.graph,
+            chosen.allocation,
+            workload.quantizer,
+        )
+    totals = chosen.solution.totals
+    assert totals is not None
+    for evaluation in store.evaluations(run_id):
+        if evaluation.candidate == CHOSEN:
+            store.put_evaluation(
+                run_id,
+                replace(
+                    evaluation,
+                    predicted_bytes=round(totals["memory"]),
+                    measured_bytes=packed.tensor_bytes,
+                ),
+            )
+    header = packed.file_bytes - packed.tensor_bytes
+    store.log(run_id, "file", f"packed file: {packed.tensor_bytes} bytes + {header} of header")
+
+
+def _text(source: Any) -> str:
+    """Return what a job record says of a live object."""
+    return source if isinstance(source, str) else f"<live {type(source).__name__}>"

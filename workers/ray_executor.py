@@ -26,6 +26,8 @@ class RayExecutor:
 
     def __init__(self, num_workers: int | None = None) -> None:
         self._num_workers = num_workers or os.cpu_count() or 1
+        self._setup: Callable[[], Any] | None = None
+        self._workers: list[Any] = []
 
     def map(
         self,
@@ -39,16 +41,26 @@ class RayExecutor:
         raised here as itself where it is an MpqError, else as RunFailedError with its text.
         """
         work = list(enumerate(items))
-        if not work:
-            return
-        ray = self._connected()
-        setup_ref = ray.put(setup)
-        workers = [_worker(ray).remote(setup_ref) for _ in range(min(self._num_workers, len(work)))]
-        try:
-            yield from _drive(ray, workers, fn, work)
-        finally:
-            for worker in workers:
+        if work:
+            ray = self._connected()
+            yield from _drive(ray, self._pool(ray, setup, len(work)), fn, work)
+
+    def close(self) -> None:
+        """End the worker processes; the local Ray stays for the next executor."""
+        if self._workers:
+            import ray
+
+            for worker in self._workers:
                 ray.kill(worker)
+        self._workers, self._setup = [], None
+
+    def _pool(self, ray: Any, setup: Callable[[], Any], size: int) -> list[Any]:
+        if self._setup is not setup:
+            self.close()
+            self._setup, self._reference = setup, ray.put(setup)
+        for _ in range(len(self._workers), min(self._num_workers, size)):
+            self._workers.append(_worker(ray).remote(self._reference))
+        return self._workers
 
     def _connected(self) -> Any:
         # Ray prints hints about its own defaults that a user of this product cannot act on.

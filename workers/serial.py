@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 State = TypeVar("State")
 Item = TypeVar("Item")
@@ -13,6 +13,9 @@ Result = TypeVar("Result")
 class SerialExecutor:
     """An executor in the calling process."""
 
+    def __init__(self) -> None:
+        self._prepared: tuple[Callable[[], Any], Any] | None = None
+
     def map(
         self,
         setup: Callable[[], State],
@@ -20,7 +23,11 @@ class SerialExecutor:
         items: Iterable[Item],
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item in order, yielding (position, result)."""
-        state: State | None = None
         for position, item in enumerate(items):
-            state = setup() if state is None else state
-            yield position, fn(state, item)
+            if self._prepared is None or self._prepared[0] is not setup:
+                self._prepared = (setup, setup())
+            yield position, fn(self._prepared[1], item)
+
+    def close(self) -> None:
+        """Forget the state."""
+        self._prepared = None

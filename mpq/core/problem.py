@@ -52,6 +52,16 @@ class Budget:
             )
 
 
+_COST_UNITS = {"memory": "bytes", "latency": "s", "bops": "bitops", "energy": "J"}
+
+
+def budget_text(budget: Budget) -> str:
+    """Return the text that `BudgetText.parse` reads back to the same limit."""
+    if budget.cost not in _COST_UNITS:
+        raise unknown("cost", budget.cost, _COST_UNITS)
+    return f"{budget.cost} <= {budget.limit!r} {_COST_UNITS[budget.cost]}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetText:
     """A budget as written, before the costs are known.

@@ -89,6 +89,10 @@ class Executor(Protocol):
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
-        `setup` runs once in each worker and makes `state`. An exception in `fn` ends the
-        iteration with that exception; results already yielded stay valid.
+        `setup` runs once in each worker and makes `state`; workers are kept for further calls
+        with the same `setup` object. An exception in `fn` ends the iteration with that
+        exception; results already yielded stay valid.
         """
+
+    def close(self) -> None:
+        """Let the workers go."""

@@ -1,0 +1,164 @@
+"""The command line: standard output is data, standard error is progress and errors.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 3 no allocation fits, 4 database out of reach.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Choose the number format of every layer under memory and measured-latency budgets.",
+)
+database = typer.Typer(no_args_is_help=True, help="The database that keeps every run.")
+app.add_typer(database, name="db", rich_help_panel="Operate")
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Database URL or SQLite file (default: $MPQ_STORAGE, else mpq.db here).",
+    ),
+]
+RunName = Annotated[
+    str, typer.Argument(help="Run id, its beginning, a job's name, or 'latest'.", metavar="RUN")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command("run", rich_help_panel="Run")
+def run_here(
+    job: Annotated[Path, typer.Argument(help="A job file, .toml or .json.")],
+    storage: Storage = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace the job's budgets, e.g. --budget 'memory <= 4 MB'."),
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="Where tasks run: ray or serial.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where to write the HTML page.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search here and now, print the answer and write its HTML page."""
+    from dataclasses import replace
+
+    from mpq.jobfile import load_job, parse_job
+    from mpq.tables import print_run
+
+    spec = load_job(job)
+    changes = {"budgets": tuple(budget or ()), "executor": executor}
+    spec = replace(spec, **{key: value for key, value in changes.items() if value})
+    spec = parse_job({f: getattr(spec, f) for f in spec.__slots__}, str(job))
+
+    from mpq.pipeline import run_job
+    from mpq.progress import Bars
+
+    result = run_job(spec, storage, Bars())
+    page = result.report(report or Path(f"mpq-report-{result.run_id}.html"))
+    print_run(result.store, result.run_id, as_json)
+    typer.echo(f"run {result.run_id} is stored; page: {page}", err=True)
+
+
+@app.command("show", rich_help_panel="Inspect")
+def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
+    """Print a stored run: budgets, the chosen schemes, predicted against measured."""
+    from mpq.store.store import open_store
+    from mpq.tables import print_run
+
+    with open_store(storage) as store:
+        print_run(store, store.resolve_run(run), as_json)
+
+
+@app.command("list", rich_help_panel="Inspect")
+def list_runs(storage: Storage = None, limit: int = 20, as_json: AsJson = False) -> None:
+    """Print the newest runs."""
+    from mpq.store.store import open_store
+    from mpq.tables import print_runs
+
+    with open_store(storage) as store:
+        print_runs(store, limit, as_json)
+
+
+@app.command("solve", rich_help_panel="Inspect")
+def solve_again(
+    run: RunName = "latest",
+    budget: Annotated[
+        list[str] | None, typer.Option(help="A budget, e.g. 'bops <= 50%'; may repeat.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="e.g. 60%, '8.5 MB', '4.25 bpw'.")] = None,
+    latency: Annotated[str | None, typer.Option(help="e.g. 60% or '3 ms'.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Fix a unit: UNIT=SCHEME; may repeat.")
+    ] = None,
+    solver: str = "auto",
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose again from stored scores for other budgets; loads no model and no torch."""
+    from mpq.result import parse_pins, solve_stored
+    from mpq.store.store import open_store
+    from mpq.tables import print_solution
+
+    texts = list(budget or [])
+    texts += [f"{name} <= {v}" for name, v in (("memory", memory), ("latency", latency)) if v]
+    with open_store(storage) as store:
+        run_id = store.resolve_run(run)
+        problem = store.problem(run_id, with_responses=solver == "pairs")
+        spec = store.run(run_id).spec
+        solution = solve_stored(problem, texts or list(spec.budgets), parse_pins(pin or []), solver)
+        print_solution(store.graph(run_id), problem, solution, as_json)
+
+
+@app.command("report", rich_help_panel="Inspect")
+def report_page(
+    run: RunName = "latest", out: Path | None = None, storage: Storage = None
+) -> None:
+    """Write the HTML page of a stored run: frontier, bits per layer, measurements."""
+    from mpq.report import write_report
+    from mpq.store.store import open_store
+
+    with open_store(storage) as store:
+        run_id = store.resolve_run(run)
+        page = write_report(store, run_id, out or Path(f"mpq-report-{run_id}.html"))
+        typer.echo(str(page))
+
+
+@database.command("upgrade")
+def upgrade_database(storage: Storage = None) -> None:
+    """Bring a database to this version's schema, keeping its data."""
+    from mpq.store.migrate import upgrade
+
+    upgrade(storage)
+    typer.echo("the database is at this version's schema", err=True)
+
+
+def main() -> None:
+    """Run the command line; an MpqError is one line and its exit code."""
+    from mpq.core.errors import MpqError
+
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except MpqError as error:
+        if debug:
+            raise
+        typer.echo(f"error[{error.code}]: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

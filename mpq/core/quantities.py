@@ -1,0 +1,32 @@
+"""Quantities as people read them."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
+
+_SCALES: dict[str, tuple[tuple[str, str], ...]] = {
+    "bytes": (("GB", "1e9"), ("MB", "1e6"), ("kB", "1e3"), ("B", "1")),
+    "s": (("s", "1"), ("ms", "1e-3"), ("us", "1e-6")),
+    "bitops": (("TBOPs", "1e12"), ("GBOPs", "1e9"), ("MBOPs", "1e6"), ("bitops", "1")),
+    "J": (("J", "1"), ("mJ", "1e-3"), ("uJ", "1e-6")),
+}
+
+
+def quantity(value: float, unit: str, *, digits: int = 4, up: bool = False) -> str:
+    """Return "11.7 MB", "3.4 ms" or "52.1 GBOPs", which a budget can be written with.
+
+    `unit` is what a CostTable counts in; another one is printed as it is. At least `digits`
+    significant digits before trailing zeros go; `up` rounds up, for a limit that must suffice.
+    """
+    context = Context(prec=digits, rounding=ROUND_CEILING if up else ROUND_HALF_EVEN)
+    exact = Decimal(repr(float(value)))  # the shortest decimal: 0.003, not 0.00300...06
+    scaled = [(exact / Decimal(scale), name) for name, scale in _SCALES.get(unit, ((unit, "1"),))]
+    number, name = next((s for s in scaled if abs(context.plus(s[0])) >= 1), scaled[-1])
+    if abs(number) < 10**digits:
+        number = context.plus(number)
+    else:  # never zeros in place of known digits
+        number = number.to_integral_value(context.rounding)
+    if number != number.to_integral_value():
+        return f"{number.normalize():f} {name}"
+    counted = name in ("B", "bitops") or number == 0 or abs(number) >= 10 ** (digits - 1)
+    return f"{number:.{0 if counted else 1}f} {name}"

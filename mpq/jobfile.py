@@ -1,0 +1,54 @@
+"""Read a job from TOML or JSON; every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpq.core.errors import InvalidInputError, unknown
+from mpq.core.jobs import JobSpec
+
+
+def load_job(path: str | Path) -> JobSpec:
+    """Return the job in a .toml or .json file.
+
+    Raises InvalidInputError for a missing file, a syntax error (with its line), an unknown key
+    (with the nearest known one) or a value of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InvalidInputError("job_file", f"cannot read job {path}: {reason}") from error
+    try:
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInputError("job_file", f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidInputError("job_file", f"{path}: a job is a table of keys and values")
+    return parse_job(content, str(path))
+
+
+def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
+    """Return the job that a mapping describes; `where` begins each error line."""
+    import pydantic
+
+    fields = {field.name for field in dataclasses.fields(JobSpec)}
+    for key in content:
+        if key not in fields:
+            error = unknown("job key", key, fields)
+            raise InvalidInputError(error.code, f"{where}: {error}")
+    try:
+        return pydantic.TypeAdapter(JobSpec).validate_python(dict(content))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise InvalidInputError(
+            "job_key", f"{where}: {key}: {first['msg'].lower()}{given}"
+        ) from error

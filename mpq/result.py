@@ -1,0 +1,129 @@
+"""What a search returns, and what can be done with it later without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.evaluation import Evaluation
+from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.problem import Allocation, Budget, BudgetText, Frontier, Problem, Solution
+from mpq.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CHOSEN = "chosen"  # label of the solution and evaluations of the returned allocation
+
+
+def resolve_budgets(problem: Problem, budgets: Sequence[str | Budget]) -> Problem:
+    """Return the problem under budgets given as texts or records."""
+    if isinstance(budgets, str | Budget):
+        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    resolved = [
+        b if isinstance(b, Budget) else BudgetText.parse(b).resolve(problem.costs) for b in budgets
+    ]
+    return problem.with_budgets(resolved)
+
+
+def solve_stored(
+    problem: Problem,
+    budgets: Sequence[str | Budget],
+    pin: Mapping[str, str | Scheme] | None = None,
+    solver: str = "auto",
+) -> Solution:
+    """Solve stored tables again for other budgets or pins; no model, no torch."""
+    from solvers import solve
+
+    pins = {unit: [parse_scheme(scheme)] for unit, scheme in (pin or {}).items()}  # type: ignore[arg-type]
+    return solve(resolve_budgets(problem.pinned(pins), budgets), solver)
+
+
+def parse_pins(texts: Sequence[str]) -> dict[str, str]:
+    """Read "unit=scheme" pairs as the command line gives them."""
+    pairs = [text.rpartition("=") for text in texts]
+    for text, (unit, equals, scheme) in zip(texts, pairs, strict=True):
+        if not equals or not unit or not scheme:
+            raise InvalidInputError("pin", f"a pin is written UNIT=SCHEME, got {text!r}")
+    return {unit: scheme for unit, _, scheme in pairs}
+
+
+class SearchResult:
+    """A finished search: the chosen allocation, what was predicted and what was measured."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.graph: LayerGraph = store.graph(run_id)
+        self.problem: Problem = store.problem(run_id)
+        self.solutions: dict[str, Solution] = dict(store.solutions(run_id))
+        self.evaluation: list[Evaluation] = store.evaluations(run_id)
+        if CHOSEN not in self.solutions:
+            state = store.run(run_id).state
+            raise InvalidInputError("run_unfinished", f"run {run_id} has no result: it is {state}")
+
+    def __repr__(self) -> str:
+        return f"SearchResult(run_id={self.run_id!r}, {self.solution.status})"
+
+    @property
+    def solution(self) -> Solution:
+        """The solution that measured best, with its totals, bound and gap."""
+        return self.solutions[CHOSEN]
+
+    @property
+    def unit_allocation(self) -> Allocation:
+        """The chosen scheme of each unit."""
+        assert self.solution.allocation is not None
+        return self.solution.allocation
+
+    @property
+    def allocation(self) -> Mapping[LayerName, Scheme]:
+        """The chosen scheme of each searched layer."""
+        return {
+            layer: self.unit_allocation[unit.name]
+            for unit in self.graph.units
+            for layer in unit.layers
+        }
+
+    def solve(
+        self,
+        budgets: Sequence[str | Budget],
+        pin: Mapping[str, str | Scheme] | None = None,
+        solver: str = "auto",
+    ) -> Solution:
+        """Solve the same scores for other budgets; needs no model."""
+        return solve_stored(self.problem, budgets, pin, solver)
+
+    def frontier(self, cost: str = "memory", points: int = 25) -> Frontier:
+        """Return the exact trade-off between one cost and the predicted loss."""
+        from solvers.frontier import frontier
+
+        others = [b for b in self.solution.budgets if b.cost != cost]
+        return frontier(self.problem.with_budgets(others), cost, points)
+
+    def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Return a context manager in which `model` computes as the chosen allocation would."""
+        from mpq.nn.patch import quantized
+        from mpq.nn.quantizers import WeightQuantizer
+
+        spec = self.store.run(self.run_id).spec
+        return quantized(model, self.allocation, quantizer=WeightQuantizer(spec.clip))
+
+    def report(self, path: str | Path) -> Path:
+        """Write the HTML page of this run."""
+        from mpq.report import write_report
+
+        return write_report(self.store, self.run_id, Path(path))
+
+
+def uniform_evaluations(evaluations: Sequence[Evaluation], split: str) -> list[Evaluation]:
+    """Return the uniform schemes that were measured on a split, best first."""
+    found = [e for e in evaluations if e.split == split and e.candidate.startswith("uniform ")]
+    return sorted(found, key=lambda evaluation: evaluation.mean)
+
+
+__all__ = ["CHOSEN", "SearchResult", "resolve_budgets", "solve_stored", "uniform_evaluations"]

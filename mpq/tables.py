@@ -1,0 +1,205 @@
+"""Runs and solutions as terminal tables or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mpq.core.errors import InfeasibleError
+from mpq.core.evaluation import Evaluation
+from mpq.core.layers import LayerGraph
+from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.quantities import quantity
+from mpq.result import CHOSEN
+from mpq.store.store import Store
+
+
+def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
+    """Print everything a person wants to know of one run."""
+    view = run_view(store, run_id)
+    if as_json:
+        print(json.dumps(view, indent=2))
+        return
+    console = _console()
+    console.print(f"run [bold]{view['id']}[/]  {view['name']}  {view['state']}", highlight=False)
+    if view["error"]:
+        console.print(f"[red]{view['error']}[/]")
+    if view["graph"]:
+        console.print(_coverage_line(store.graph(run_id)), highlight=False)
+    if not view["chosen"]:
+        return
+    problem = store.problem(run_id, with_responses=False)
+    solution = dict(store.solutions(run_id))[CHOSEN]
+    console.print(_units_table(store.graph(run_id), problem, solution.allocation))
+    console.print(_budget_table(problem, solution))
+    console.print(_measured_table(store.evaluations(run_id)))
+    for line in view["notes"]:
+        console.print(f"[dim]{line}[/]", highlight=False)
+
+
+def run_view(store: Store, run_id: str) -> dict[str, Any]:
+    """Return a run as plain data."""
+    record = store.run(run_id)
+    solution = dict(store.solutions(run_id)).get(CHOSEN)
+    graph = store.graph(run_id) if record.has_graph else None
+    return {
+        "id": record.id,
+        "name": record.name,
+        "state": str(record.state),
+        "error": record.error_message,
+        "device": record.device,
+        "graph": None
+        if graph is None
+        else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
+        "chosen": None if solution is None else solution_view(solution),
+        "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
+        "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
+    }
+
+
+def solution_view(solution: Solution) -> dict[str, Any]:
+    """Return a solution as plain data; infinite bounds and gaps become null."""
+
+    def finite(value: float) -> float | None:
+        return value if abs(value) < float("inf") else None
+
+    return {
+        "status": str(solution.status),
+        "solver": solution.solver,
+        "budgets": {b.cost: b.limit for b in solution.budgets},
+        "totals": dict(solution.totals or {}),
+        "score": solution.score,
+        "bound": finite(solution.bound),
+        "gap": finite(solution.gap),
+        "seconds": solution.seconds,
+        "allocation": solution.allocation.text() if solution.allocation is not None else None,
+    }
+
+
+def print_solution(
+    graph: LayerGraph, problem: Problem, solution: Solution, as_json: bool = False
+) -> None:
+    """Print a solution; raises InfeasibleError where there is none."""
+    if solution.infeasibility is not None:
+        raise InfeasibleError("infeasible", solution.infeasibility.message)
+    if as_json:
+        print(json.dumps(solution_view(solution), indent=2))
+        return
+    console = _console()
+    console.print(_units_table(graph, problem, solution.allocation))
+    console.print(_budget_table(problem, solution))
+
+
+def print_runs(store: Store, limit: int, as_json: bool = False) -> None:
+    """Print the newest runs, one a line."""
+    records = store.runs(limit=limit)
+    if as_json:
+        rows = [
+            {
+                "id": r.id,
+                "name": r.name,
+                "state": str(r.state),
+                "created_at": r.created_at.isoformat(),
+                "budgets": list(r.spec.budgets),
+            }
+            for r in records
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("run", "name", "state", "created (UTC)", "model", "budgets", box=None)
+    for r in records:
+        created = f"{r.created_at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(r.id, r.name, str(r.state), created, r.spec.model, ", ".join(r.spec.budgets))
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _coverage_line(graph: LayerGraph) -> str:
+    left = sorted(graph.unsearched, key=lambda part: -part.bytes)
+    largest = f"; largest left out: {left[0].name} ({left[0].reason})" if left else ""
+    return (
+        f"{len(graph.units)} units cover {graph.coverage:.1%} of the parameters of a "
+        f"{quantity(graph.native_bytes, 'bytes')} network{largest}"
+    )
+
+
+def _units_table(graph: LayerGraph, problem: Problem, allocation: Allocation | None) -> Table:
+    table = Table("unit", "shape", "scheme", box=None, header_style="bold")
+    for column in ("predicted loss", "±"):
+        table.add_column(column, justify="right")
+    for cost in problem.costs.values():
+        table.add_column(cost.name, justify="right")
+    layers = graph.by_name
+    for unit in graph.units:
+        assert allocation is not None
+        scheme = allocation[unit.name]
+        cell = (unit.name, scheme)
+        number = problem.cells.index(cell)
+        shapes = dict.fromkeys("x".join(map(str, layers[n].weight_shape)) for n in unit.layers)
+        table.add_row(
+            unit.name,
+            ", ".join(shapes),
+            str(scheme),
+            f"{problem.sensitivity.values[number]:.2e}",
+            f"{problem.sensitivity.stderr[number]:.0e}",
+            *(quantity(cost[cell], cost.unit) for cost in problem.costs.values()),
+        )
+    return table
+
+
+def _budget_table(problem: Problem, solution: Solution) -> Table:
+    table = Table("cost", box=None, header_style="bold")
+    for column in ("total", "budget", "unquantized", "share"):
+        table.add_column(column, justify="right")
+    limits = {budget.cost: budget.limit for budget in solution.budgets}
+    for name, cost in problem.costs.items():
+        total = (solution.totals or {})[name]
+        limit = quantity(limits[name], cost.unit) if name in limits else "-"
+        whole = quantity(cost.baseline, cost.unit) if cost.baseline > 0 else "-"
+        share = f"{total / cost.baseline:.1%}" if cost.baseline > 0 else "-"
+        table.add_row(name, quantity(total, cost.unit), limit, whole, share)
+    proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
+    table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
+    return table
+
+
+def _measured_table(evaluations: Sequence[Evaluation]) -> Table:
+    kind = evaluations[0].divergence if evaluations else "divergence"
+    table = Table("measured on", "candidate", box=None, header_style="bold")
+    for column in (f"{kind} to original", "±", "predicted", "bytes written", "predicted bytes"):
+        table.add_column(column, justify="right")
+    table.add_column("metrics")
+    for e in evaluations:
+        table.add_row(
+            e.split.replace("_", "-"),
+            f"[bold]{e.candidate}[/]" if e.candidate == CHOSEN else e.candidate,
+            f"{e.mean:.5f}",
+            f"{e.stderr:.5f}",
+            f"{e.predicted:.5f}" if e.predicted is not None else "-",
+            f"{e.measured_bytes}" if e.measured_bytes is not None else "-",
+            f"{e.predicted_bytes}" if e.predicted_bytes is not None else "-",
+            ", ".join(f"{name} {value:.4f}" for name, value in e.metrics.items()) or "-",
+        )
+    return table
+
+
+def _evaluation_view(e: Evaluation) -> Mapping[str, Any]:
+    return {
+        "candidate": e.candidate,
+        "split": e.split,
+        "divergence": e.divergence,
+        "mean": e.mean,
+        "stderr": e.stderr,
+        "predicted": e.predicted,
+        "metrics": dict(e.metrics),
+        "predicted_bytes": e.predicted_bytes,
+        "measured_bytes": e.measured_bytes,
+    }
