@@ -1,0 +1,27 @@
+"""The log of a run."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from mpq.store.models import EventRow
+from mpq.store.records import EventRecord
+
+
+def put(session: Session, run_id: str, kind: str, message: str) -> None:
+    """Add a line."""
+    values = {"run_id": run_id, "at": datetime.now(UTC), "kind": kind, "message": message}
+    session.execute(insert(EventRow).values(values))
+
+
+def get(session: Session, run_id: str, after: int) -> list[EventRecord]:
+    """Return the lines whose number is larger than `after`, oldest first."""
+    rows = session.execute(
+        select(EventRow.id, EventRow.at, EventRow.kind, EventRow.message)
+        .where(EventRow.run_id == run_id, EventRow.id > after)
+        .order_by(EventRow.id)
+    ).mappings()
+    return [EventRecord(**row) for row in rows]

@@ -1,0 +1,83 @@
+"""What went wrong in the database, as one line with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from mpq.core.errors import MpqError, StorageError
+from mpq.store.address import shown, sqlite_file
+
+# What SQLite says -> our code, and what it means for the database named {place}.
+_SQLITE = {
+    "file is not a database": (
+        "storage_not_a_database",
+        "{place} is not a SQLite database: name another file, or restore it from a backup",
+    ),
+    "malformed": (
+        "storage_corrupt",
+        "{place} is damaged: restore it from a backup, or save what can be read with "
+        "'sqlite3 {place} .recover'",
+    ),
+    "readonly database": (
+        "storage_path",
+        "{place} is read-only here: allow writing to the file and its directory, or use a copy",
+    ),
+    "unable to open": (
+        "storage_path",
+        "cannot open {place}: its directory must exist and allow writing",
+    ),
+    "is locked": (
+        "storage_busy",
+        "{place} stayed locked by another process for 30 s: end the process that holds it",
+    ),
+    "is full": (
+        "storage_full",
+        "no space left for {place}: free some on its disk, then resume the run",
+    ),
+}
+
+
+@contextmanager
+def one_line_errors(url: URL) -> Iterator[None]:
+    """Turn the errors of SQLAlchemy and of drivers into StorageError; pass our own on."""
+    try:
+        yield
+    except StatementError as error:
+        if isinstance(error.orig, MpqError):
+            raise error.orig from None
+        raise _storage_error(url, error) from error
+    except (SQLAlchemyError, ImportError) as error:
+        raise _storage_error(url, error) from error
+
+
+def _storage_error(url: URL, error: Exception) -> StorageError:
+    if isinstance(error, ImportError):
+        return StorageError(
+            "storage_driver",
+            f"{shown(url)} needs the Python package {error.name or 'psycopg'}: install it with "
+            f"'pip install \"psycopg[binary]\"'",
+        )
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    said = _without_password(url, str(cause))
+    place = str(sqlite_file(url) or shown(url))
+    if url.get_backend_name() == "sqlite":
+        for words, (code, message) in _SQLITE.items():
+            if words in said:
+                return StorageError(code, message.format(place=place))
+    if isinstance(error, PoolTimeoutError):
+        return StorageError("storage_busy", f"too many connections to {place} are in use")
+    lost = "is the server running, and are host, port, user and password right?"
+    if isinstance(error, DBAPIError) and (error.connection_invalidated or "connect" in said):
+        return StorageError("storage_unreachable", f"cannot reach {place}: {said}; {lost}")
+    return StorageError("storage", f"{place}: {said}")
+
+
+def _without_password(url: URL, text: str) -> str:
+    line = " ".join(text.split("\n")[0].split())
+    password = str(url.password) if url.password else ""
+    return line.replace(password, "***") if password else line

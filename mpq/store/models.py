@@ -1,0 +1,240 @@
+"""The tables of the database, apart from the records of the domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from mpq.core.jobs import JobSpec
+from mpq.core.layers import LayerGraph
+from mpq.core.problem import Budget, Infeasibility
+from mpq.store.columns import Json, NanDouble, UtcTime
+
+_OfRun = Annotated[str, mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))]
+
+
+class Base(DeclarativeBase):
+    """What all tables share: every constraint has a name, so that a migration can reach it."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
+        str: String(),
+        int: Integer(),
+        float: Double(),
+        bool: Boolean(),
+        bytes: LargeBinary(),
+        datetime: UtcTime(),
+    }
+
+
+class RunRow(Base):
+    """One submitted job."""
+
+    __tablename__ = "runs"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(index=True)
+    model: Mapped[str] = mapped_column(index=True)
+    metric: Mapped[str] = mapped_column(index=True)
+    device: Mapped[str]
+    mpq_version: Mapped[str]
+    state: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[datetime] = mapped_column(index=True)
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    spec: Mapped[JobSpec] = mapped_column(Json(JobSpec))
+    graph: Mapped[LayerGraph | None] = mapped_column(Json(LayerGraph), deferred=True)
+
+
+class UnitRow(Base):
+    """One unit of a run's network."""
+
+    __tablename__ = "units"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    layers: Mapped[tuple[str, ...]] = mapped_column(Json(tuple[str, ...]))
+    weights: Mapped[int] = mapped_column(BigInteger)
+
+
+class ScoreRow(Base):
+    """The sensitivity of one cell; `position` is the number of the cell in its table."""
+
+    __tablename__ = "scores"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    metric: Mapped[str] = mapped_column(primary_key=True)
+    unit: Mapped[str] = mapped_column(primary_key=True)
+    scheme: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    value: Mapped[float]
+    stderr: Mapped[float]
+
+
+class CostRow(Base):
+    """What the cells of one cost table share."""
+
+    __tablename__ = "costs"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    unit_of_measure: Mapped[str]
+    fixed: Mapped[float]
+    baseline: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    weights: Mapped[int] = mapped_column(BigInteger)
+    provenance: Mapped[str]
+
+
+class CostCellRow(Base):
+    """The cost of one cell; `position` is the number of the cell in its table."""
+
+    __tablename__ = "cost_cells"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["run_id", "name"], ["costs.run_id", "costs.name"], ondelete="CASCADE"
+        ),
+        {"sqlite_with_rowid": False},
+    )
+
+    run_id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    unit: Mapped[str] = mapped_column(primary_key=True)
+    scheme: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    value: Mapped[float]
+    low: Mapped[float]
+    high: Mapped[float]
+
+
+class ResponsesRow(Base):
+    """The responses of a run: `array` is an .npy file of float32, `cells` its first axis."""
+
+    __tablename__ = "responses"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    cells: Mapped[Mapping[str, tuple[str, ...]]] = mapped_column(Json(dict[str, tuple[str, ...]]))
+    array: Mapped[bytes]
+
+
+class PartialRow(Base):
+    """The result of one scoring task under the key of its content; all runs share it."""
+
+    __tablename__ = "partials"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    seconds: Mapped[float]
+    arrays: Mapped[bytes]
+    created_at: Mapped[datetime]
+
+
+class KernelLatencyRow(Base):
+    """The time of one kernel on one device; all runs share it."""
+
+    __tablename__ = "kernel_latencies"
+
+    device: Mapped[str] = mapped_column(primary_key=True)
+    backend: Mapped[str] = mapped_column(primary_key=True)
+    kernel: Mapped[str] = mapped_column(primary_key=True)
+    shape: Mapped[str] = mapped_column(primary_key=True)
+    median_s: Mapped[float]
+    low_s: Mapped[float]
+    high_s: Mapped[float]
+    rounds: Mapped[int]
+    noisy: Mapped[bool]
+    measured_at: Mapped[datetime]
+
+
+class SolutionRow(Base):
+    """The answer of a solver; its allocation is in `allocations`."""
+
+    __tablename__ = "solutions"
+    __table_args__ = (UniqueConstraint("run_id", "label"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[_OfRun]
+    label: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    solver: Mapped[str]
+    score: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    bound: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    gap: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    seconds: Mapped[float]
+    created_at: Mapped[datetime]
+    budgets: Mapped[tuple[Budget, ...]] = mapped_column(Json(tuple[Budget, ...]))
+    totals: Mapped[Mapping[str, float] | None] = mapped_column(Json(dict[str, float]))
+    infeasibility: Mapped[Infeasibility | None] = mapped_column(Json(Infeasibility))
+
+
+class AllocationRow(Base):
+    """The scheme that a solution gives one unit."""
+
+    __tablename__ = "allocations"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    solution_id: Mapped[int] = mapped_column(
+        ForeignKey("solutions.id", ondelete="CASCADE"), primary_key=True
+    )
+    position: Mapped[int] = mapped_column(primary_key=True)
+    unit: Mapped[str] = mapped_column(index=True)
+    scheme: Mapped[str]
+
+
+class EvaluationRow(Base):
+    """One candidate measured on one split."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (UniqueConstraint("run_id", "candidate", "split"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[_OfRun]
+    candidate: Mapped[str]
+    split: Mapped[str]
+    divergence: Mapped[str]
+    mean: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    stderr: Mapped[float] = mapped_column(NanDouble, nullable=True)
+    predicted: Mapped[float | None]
+    metrics: Mapped[Mapping[str, float]] = mapped_column(Json(dict[str, float]))
+    predicted_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    measured_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    seconds: Mapped[float]
+    allocation: Mapped[Mapping[str, str]] = mapped_column(Json(dict[str, str]))
+
+
+class EventRow(Base):
+    """One line of a run's log; numbers only grow, so a reader can go on after the last one."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index(None, "run_id", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_id: Mapped[_OfRun]
+    at: Mapped[datetime]
+    kind: Mapped[str]
+    message: Mapped[str]

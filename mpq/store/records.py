@@ -1,0 +1,41 @@
+"""What the store tells about a run: frozen, apart from the rows of the database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from mpq.core.jobs import JobSpec, RunState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run; moments are in UTC.
+
+    `started_at` is when it first ran and `ended_at` when it last stopped running; a resumed
+    run has none, and no error, until it stops again. `has_graph` tells whether
+    `Store.graph` has an answer.
+    """
+
+    id: str
+    name: str
+    spec: JobSpec
+    state: RunState
+    device: str
+    mpq_version: str
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    has_graph: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRecord:
+    """One line of a run's log; `id` grows with every line of the database."""
+
+    id: int
+    at: datetime
+    kind: str
+    message: str

@@ -1,0 +1,144 @@
+"""Runs: their life, and how they are found."""
+
+from __future__ import annotations
+
+import difflib
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, insert, select, true, update
+from sqlalchemy.orm import Session
+
+from mpq.core.errors import InvalidInputError, MpqError, StorageError
+from mpq.core.jobs import JobSpec, RunState, check_transition
+from mpq.store.models import RunRow
+from mpq.store.records import RunRecord
+
+_ID_LENGTH = 12
+_ENDED = {RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED}
+_FIELDS = (
+    RunRow.id,
+    RunRow.name,
+    RunRow.spec,
+    RunRow.state,
+    RunRow.device,
+    RunRow.mpq_version,
+    RunRow.created_at,
+    RunRow.started_at,
+    RunRow.ended_at,
+    RunRow.error_code,
+    RunRow.error_message,
+)
+_NEWEST = (RunRow.created_at.desc(), RunRow.id)
+
+
+def create(session: Session, spec: JobSpec, device: str, mpq_version: str) -> str:
+    """Add a pending run and return its id."""
+    run_id = uuid.uuid4().hex[:_ID_LENGTH]
+    session.execute(
+        insert(RunRow).values(
+            id=run_id,
+            name=spec.name,
+            model=spec.model,
+            metric=spec.metric,
+            device=device,
+            mpq_version=mpq_version,
+            state=RunState.PENDING.value,
+            created_at=datetime.now(UTC),
+            spec=spec,
+        )
+    )
+    return run_id
+
+
+def set_state(session: Session, run_id: str, state: RunState, error: MpqError | None) -> None:
+    """Move a run to a state it may go to."""
+    found = session.execute(
+        select(RunRow.state, RunRow.started_at).where(RunRow.id == run_id).with_for_update()
+    ).one_or_none()
+    if found is None:
+        raise unknown_run(session, run_id)
+    check_transition(RunState(found.state), state)
+    now = datetime.now(UTC)
+    values: dict[str, Any] = {
+        "state": state.value,
+        "ended_at": now if state in _ENDED else None,
+        "error_code": error.code if error else None,
+        "error_message": str(error) if error else None,
+    }
+    if state is RunState.RUNNING and found.started_at is None:
+        values["started_at"] = now
+    session.execute(update(RunRow).where(RunRow.id == run_id).values(values))
+
+
+def one(session: Session, run_id: str) -> RunRecord:
+    """Return a run."""
+    found = _records(session, [RunRow.id == run_id], 1)
+    if not found:
+        raise unknown_run(session, run_id)
+    return found[0]
+
+
+def newest(
+    session: Session, equal: Mapping[str, object | None], limit: int | None
+) -> list[RunRecord]:
+    """Return the newest runs whose columns equal the given values, None being any."""
+    wanted = [getattr(RunRow, name) == value for name, value in equal.items() if value is not None]
+    return _records(session, wanted, limit)
+
+
+def _records(
+    session: Session, wanted: Sequence[ColumnElement[bool]], limit: int | None
+) -> list[RunRecord]:
+    query = select(*_FIELDS, RunRow.graph.is_not(None).label("has_graph")).where(*wanted)
+    rows = session.execute(query.order_by(*_NEWEST).limit(limit)).mappings()
+    return [RunRecord(**{**row, "state": RunState(row["state"])}) for row in rows]
+
+
+def resolve(session: Session, text: str) -> str:
+    """Return the id that an id, "latest", the name of a run or the start of an id stands for.
+
+    Of several runs with the name it is the newest. Raises InvalidInputError (`unknown_run`,
+    `ambiguous_run`).
+    """
+    newest_first = select(RunRow.id).order_by(*_NEWEST)
+    exact = [RunRow.id == text, RunRow.name == text] if text != "latest" else [true()]
+    for wanted in exact if text else ():
+        found = session.scalars(newest_first.where(wanted).limit(1)).first()
+        if found is not None:
+            return found
+    starting = RunRow.id.startswith(text.lower(), autoescape=True)
+    several = session.scalars(newest_first.where(starting).limit(4)).all() if text else []
+    if len(several) > 1:
+        raise InvalidInputError(
+            "ambiguous_run", f"run {text!r} can be {', '.join(several)}: write more of its id"
+        )
+    if not several:
+        raise unknown_run(session, text)
+    return several[0]
+
+
+def require(session: Session, run_id: str) -> None:
+    """Raise InvalidInputError (`unknown_run`) where there is no such run."""
+    if session.scalar(select(RunRow.id).where(RunRow.id == run_id)) is None:
+        raise unknown_run(session, run_id)
+
+
+def unknown_run(session: Session, text: str) -> InvalidInputError:
+    """Return the error for a run that is not there, with the nearest that is."""
+    rows = session.execute(select(RunRow.id, RunRow.name).order_by(*_NEWEST).limit(1000)).all()
+    if not rows:
+        return InvalidInputError("unknown_run", f"unknown run {text!r}: there are no runs yet")
+    names = dict.fromkeys(name for row in rows for name in (row.name, row.id) if name)
+    near = difflib.get_close_matches(text, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    newest_names = ", ".join(row.name or row.id for row in rows[:5])
+    return InvalidInputError("unknown_run", f"unknown run {text!r}: {hint}Newest: {newest_names}")
+
+
+def not_stored(session: Session, run_id: str, what: str) -> MpqError:
+    """Return the error for a part of a run that is not there, or for a run that is not."""
+    require(session, run_id)
+    return StorageError("not_stored", f"run {run_id} has no {what}: it did not get that far")

@@ -1,0 +1,238 @@
+"""The database: the only place that opens a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.orm import Session
+
+from mpq.core.errors import MpqError
+from mpq.core.evaluation import Evaluation
+from mpq.core.jobs import JobSpec, RunState
+from mpq.core.latency import KernelCase, KernelLatency
+from mpq.core.layers import LayerGraph
+from mpq.core.problem import Problem, Solution
+from mpq.core.protocols import Partial
+from mpq.core.tables import CostTable, Responses, SensitivityTable
+from mpq.store import (
+    evaluations,
+    events,
+    graphs,
+    latencies,
+    partials,
+    runs,
+    solutions,
+    tables,
+)
+from mpq.store.address import shown, storage_url
+from mpq.store.engine import make_engine, writing
+from mpq.store.failures import one_line_errors
+from mpq.store.records import EventRecord, RunRecord
+from mpq.store.schema import prepare
+
+
+def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
+    """Open a database, making it where it is new.
+
+    `storage` is a URL ("sqlite:///runs.db", "postgresql+psycopg://user:password@host/name"),
+    the path of a SQLite file, or a store, which is returned as it is; None is the environment's
+    MPQ_STORAGE, else mpq.db in the working directory. Raises StorageError.
+    """
+    if isinstance(storage, Store):
+        return storage
+    url = storage_url(storage)
+    with one_line_errors(url):
+        engine = make_engine(url)
+        try:
+            prepare(engine)
+        except BaseException:
+            engine.dispose()
+            raise
+    return Store(engine)
+
+
+class Store:
+    """Everything a search finds, kept; may be used by several threads and processes at once.
+
+    Each method is one transaction: it happens wholly or not at all. What is put twice replaces
+    what was there, except results of tasks, of which the first stays. Methods raise
+    InvalidInputError (`unknown_run`) for a run that is not there and StorageError where the
+    database cannot do its work. Use it as a context manager, or close it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._writing = writing(engine)
+
+    def __repr__(self) -> str:
+        return f"Store({shown(self.url)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> URL:
+        """Where the database is; `str` hides the password, `render_as_string(False)` does not."""
+        return self._engine.url
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _read(self, run_id: str | None = None) -> Iterator[Session]:
+        with one_line_errors(self.url), Session(self._engine) as session:
+            if run_id is not None:
+                runs.require(session, run_id)
+            yield session
+
+    @contextmanager
+    def _write(self, run_id: str | None = None) -> Iterator[Session]:
+        with one_line_errors(self.url), Session(self._writing) as session, session.begin():
+            if run_id is not None:
+                runs.require(session, run_id)
+            yield session
+
+    def create_run(self, spec: JobSpec, device: str = "") -> str:
+        """Add a pending run and return its id."""
+        from mpq import __version__  # late: `mpq` itself may still be loading
+
+        with self._write() as session:
+            return runs.create(session, spec, device, __version__)
+
+    def set_state(self, run_id: str, state: RunState, error: MpqError | None = None) -> None:
+        """Move a run to another state; raises InvalidInputError where it may not go there."""
+        with self._write() as session:
+            runs.set_state(session, run_id, state, error)
+
+    def run(self, run_id: str) -> RunRecord:
+        """Return a run."""
+        with self._read() as session:
+            return runs.one(session, run_id)
+
+    def runs(
+        self,
+        state: RunState | None = None,
+        name: str | None = None,
+        limit: int | None = 50,
+        *,
+        model: str | None = None,
+        metric: str | None = None,
+    ) -> list[RunRecord]:
+        """Return the newest runs with these properties, newest first; None means any."""
+        equal = {"state": state, "name": name, "model": model, "metric": metric}
+        with self._read() as session:
+            return runs.newest(session, equal, limit)
+
+    def resolve_run(self, text: str) -> str:
+        """Return the id that an id, its unique start, a run's name or "latest" stands for."""
+        with self._read() as session:
+            return runs.resolve(session, text)
+
+    def put_graph(self, run_id: str, graph: LayerGraph) -> None:
+        """Keep the network of a run."""
+        with self._write(run_id) as session:
+            graphs.put(session, run_id, graph)
+
+    def graph(self, run_id: str) -> LayerGraph:
+        """Return the network of a run."""
+        with self._read() as session:
+            return graphs.get(session, run_id)
+
+    def put_sensitivity(self, run_id: str, table: SensitivityTable) -> None:
+        """Keep the table of a metric."""
+        with self._write(run_id) as session:
+            tables.put_sensitivity(session, run_id, table)
+
+    def sensitivity(self, run_id: str, metric: str | None = None) -> SensitivityTable:
+        """Return the table of a metric; None is the one the run asked for, or its only one."""
+        with self._read() as session:
+            return tables.sensitivity(session, run_id, metric, tables.CellReader())
+
+    def put_cost(self, run_id: str, table: CostTable) -> None:
+        """Keep a cost table."""
+        with self._write(run_id) as session:
+            tables.put_cost(session, run_id, table)
+
+    def costs(self, run_id: str) -> dict[str, CostTable]:
+        """Return the cost tables by name."""
+        with self._read(run_id) as session:
+            return tables.costs(session, run_id, tables.CellReader())
+
+    def put_responses(self, run_id: str, responses: Responses) -> None:
+        """Keep the responses."""
+        with self._write(run_id) as session:
+            tables.put_responses(session, run_id, responses)
+
+    def responses(self, run_id: str) -> Responses | None:
+        """Return the responses, None where the metric has none."""
+        with self._read(run_id) as session:
+            return tables.responses(session, run_id, tables.CellReader())
+
+    def problem(self, run_id: str, with_responses: bool = True) -> Problem:
+        """Return the tables of a run, exactly as they were put, without budgets."""
+        with self._read() as session:
+            return tables.problem(session, run_id, with_responses)
+
+    def partials(self, keys: Iterable[str]) -> dict[str, Partial]:
+        """Return the results of tasks that are there, in the order of the keys."""
+        with self._read() as session:
+            return partials.get(session, keys)
+
+    def put_partial(self, key: str, partial: Partial, seconds: float) -> None:
+        """Keep the result of a task; where its key is there already, nothing happens."""
+        with self._write() as session:
+            partials.put(session, key, partial, seconds)
+
+    def kernel_latencies(self, device: str) -> dict[KernelCase, KernelLatency]:
+        """Return every measured time of a device."""
+        with self._read() as session:
+            return latencies.get(session, device)
+
+    def put_kernel_latency(self, latency: KernelLatency) -> None:
+        """Keep the time of a kernel."""
+        with self._write() as session:
+            latencies.put(session, latency)
+
+    def put_solution(self, run_id: str, label: str, solution: Solution) -> None:
+        """Keep a solution under a label."""
+        with self._write(run_id) as session:
+            solutions.put(session, run_id, label, solution)
+
+    def solutions(self, run_id: str) -> list[tuple[str, Solution]]:
+        """Return (label, solution) in the order they were put."""
+        with self._read(run_id) as session:
+            return solutions.get(session, run_id)
+
+    def put_evaluation(self, run_id: str, evaluation: Evaluation) -> None:
+        """Keep what a candidate did on a split."""
+        with self._write(run_id) as session:
+            evaluations.put(session, run_id, evaluation)
+
+    def evaluations(self, run_id: str) -> list[Evaluation]:
+        """Return the evaluations in the order they were put."""
+        with self._read(run_id) as session:
+            return evaluations.get(session, run_id)
+
+    def log(self, run_id: str, kind: str, message: str) -> None:
+        """Add a line to the log of a run."""
+        with self._write(run_id) as session:
+            events.put(session, run_id, kind, message)
+
+    def events(self, run_id: str, after: int = 0) -> list[EventRecord]:
+        """Return the log, oldest first; `after` is the number of the last line already seen."""
+        with self._read(run_id) as session:
+            return events.get(session, run_id, after)
