@@ -2,13 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from hw_cost_models import get_cost_model
+from hw_cost_models.measured.capability import default_schemes, why_no_kernel
+from hw_cost_models.measured.device import device_fingerprint
+from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
-from mpq.core.layers import Layer, LayerGraph, UnitName
+from mpq.core.jobs import JobSpec
+from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
 from mpq.core.tables import Cells, CostTable
 from mpq.progress import Progress
 from mpq.store.store import Store
+
+_NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
+
+
+class Hardware:
+    """This machine: the schemes its kernels run and the time they take.
+
+    Under a latency budget a scheme without a real kernel is not offered to a layer, and
+    `left_out` says why; without one every scheme that can be stored is offered.
+    """
+
+    def __init__(
+        self, spec: JobSpec, budgets: Sequence[BudgetText], store: Store, progress: Progress
+    ) -> None:
+        self.device = device_fingerprint(_NUM_THREADS)
+        self.times_matter = any(budget.cost == "latency" for budget in budgets)
+        self.left_out: list[str] = []
+        self._asked = parse_schemes(spec.schemes) if spec.schemes else None
+        self._seed = spec.seed
+        self._store = store
+        self._progress = progress
+
+    def schemes(self, layer: Layer) -> Sequence[Scheme]:
+        """Return what a layer may take."""
+        asked = default_schemes(layer) if self._asked is None else self._asked
+        if not self.times_matter:
+            return asked
+        reasons = {scheme: why_no_kernel(layer, scheme) for scheme in asked}
+        self.left_out += [f"{layer.name}: {reason}" for reason in reasons.values() if reason]
+        runs = [scheme for scheme, reason in reasons.items() if not reason]
+        if not runs:
+            raise InvalidInputError(
+                "unsupported_schemes",
+                f"under a latency budget layer {layer.name!r} needs a scheme that this machine "
+                f"runs: {'; '.join(reasons.values())}; it runs "
+                f"{', '.join(map(str, default_schemes(layer)))}",
+            )
+        return runs
+
+    def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
+        """Return memory and BOPs of every cell, and measured latency where it is budgeted.
+
+        Kernels already timed on this device are read from the database; each new time is in it
+        as soon as it is known.
+        """
+        tables = [get_cost_model(name).table(graph, cells) for name in ("memory", "bops")]
+        if self.times_matter:
+            tables.append(self._latency(graph, cells))
+        return {table.name: table for table in tables}
+
+    def _latency(self, graph: LayerGraph, cells: Cells) -> CostTable:
+        steps = 100
+        done = 0
+        with self._progress.stage("kernel latency", steps) as advance:
+
+            def listen(share: float) -> None:
+                nonlocal done
+                while done < round(share * steps):
+                    done += 1
+                    advance()
+
+            model = get_cost_model(
+                "latency",
+                num_threads=_NUM_THREADS,
+                known=self._store.kernel_latencies(self.device),
+                save=self._store.put_kernel_latency,
+                seed=self._seed,
+                progress=listen,
+            )
+            table = model.table(graph, cells)
+            listen(1.0)
+        return table

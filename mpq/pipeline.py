@@ -18,7 +18,7 @@ from mpq.core.evaluation import Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.tables import CostTable, SensitivityTable
-from mpq.costing import Hardware, cost_tables
+from mpq.costing import Hardware
 from mpq.evaluate import Candidate, measure, prepare
 from mpq.export.packed import write_packed
 from mpq.intake import Given, graph_of, load, make_workload
@@ -136,7 +136,7 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
         store.put_graph(run_id, graph)
         for reason in hardware.left_out:
             store.log(run_id, "left out", reason)
-        costs = cost_tables(graph, workload.cells, hardware)
+        costs = hardware.tables(graph, workload.cells)
         for table in costs.values():
             store.put_cost(run_id, table)
         resolved = [budget.resolve(costs) for budget in budgets]
