@@ -1,0 +1,174 @@
+"""Seconds of a choice: the measured times of the kernels that run it on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hw_cost_models.measured.capability import default_schemes, kernel_for, why_no_kernel
+from hw_cost_models.measured.onnxruntime import OnnxRuntime
+from hw_cost_models.measured.protocol import Stopwatch
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import FP32, Scheme
+from mpq.core.latency import KernelCase, KernelLatency
+from mpq.core.layers import Layer, LayerGraph, UnitName
+from mpq.core.tables import Cells, CostTable
+
+_NATIVE = Scheme(FP32)
+_TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory they hold
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A scheme that a unit cannot take on this machine, and why."""
+
+    unit: UnitName
+    scheme: Scheme
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Runnable:
+    """The schemes with a real kernel for every layer of each unit, and what was left out."""
+
+    schemes: Mapping[UnitName, tuple[Scheme, ...]]
+    left_out: tuple[LeftOut, ...]
+
+
+class MeasuredLatency:
+    """Sum over the layers of kernel time * calls, from kernels timed on this machine.
+
+    `known` holds times that are not measured again if they are of this device; `save` gets each
+    new one as soon as it is there. `budget_s` bounds the time of one table's measurement,
+    `progress` gets its share in [0, 1]. `latencies` holds what the last table was made of.
+    """
+
+    name = "latency"
+
+    def __init__(
+        self,
+        *,
+        num_threads: int = 1,
+        known: Mapping[KernelCase, KernelLatency] | None = None,
+        save: Callable[[KernelLatency], None] | None = None,
+        budget_s: float = 60.0,
+        seed: int = 0,
+        progress: Callable[[float], None] | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        self.backend = OnnxRuntime(num_threads=num_threads, seed=seed)
+        self.latencies: dict[KernelCase, KernelLatency] = {
+            case: latency
+            for case, latency in (known or {}).items()
+            if latency.device == self.device
+        }
+        self._save = save
+        self._progress = progress
+        self._stopwatch = stopwatch or Stopwatch(budget_s=budget_s, seed=seed)
+
+    @property
+    def device(self) -> str:
+        """The fingerprint that every time of this object belongs to."""
+        return self.backend.device
+
+    def choices(self, graph: LayerGraph, schemes: Sequence[Scheme] | None = None) -> Runnable:
+        """Return which of `schemes` each unit can run here, and the rest with reasons.
+
+        Without `schemes`: what this machine is good at, by the kinds of a unit's layers. A unit
+        takes a scheme only if each of its layers has a kernel for it.
+        """
+        runnable: dict[UnitName, tuple[Scheme, ...]] = {}
+        left_out: list[LeftOut] = []
+        for unit, layers in _layers_by_unit(graph).items():
+            wanted = schemes or dict.fromkeys(s for la in layers for s in default_schemes(la))
+            takes = []
+            for scheme in wanted:
+                reasons = [r for layer in layers if (r := why_no_kernel(layer, scheme))]
+                if reasons:
+                    left_out.append(LeftOut(unit, scheme, reasons[0]))
+                else:
+                    takes.append(scheme)
+            runnable[unit] = tuple(takes)
+        return Runnable(runnable, tuple(left_out))
+
+    def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
+        """Return the seconds of every cell with 95 % confidence limits.
+
+        The limits of a sum are the sums of the limits: the machine's speed, the largest error,
+        is common to all kernels. `fixed` is the fp32 time of layers outside the search that have
+        a kernel (nothing else of the network: norms, softmax, attention products), `baseline`
+        that of all layers. A layer that is called several times counts with the shape of its
+        first call. Raises InvalidInputError (`no_kernel`) for a cell without a real kernel: ask
+        `choices` first.
+        """
+        units = _layers_by_unit(graph)
+        searched = {layer.name for layers in units.values() for layer in layers}
+        outside = [
+            layer
+            for layer in graph.layers
+            if layer.name not in searched and layer.calls and kernel_for(layer, _NATIVE)
+        ]
+        native = [(la, _NATIVE) for la in (*outside, *(x for ls in units.values() for x in ls))]
+        in_cells = [(layer, scheme) for unit, scheme in cells for layer in units[unit]]
+        self._measure([*native, *in_cells])
+        sums = np.array([self._sum(units[unit], scheme) for unit, scheme in cells])
+        fixed = self._sum(outside, _NATIVE)[0]
+        searched_s = sum(self._sum(layers, _NATIVE)[0] for layers in units.values())
+        return CostTable(
+            name=self.name,
+            unit="s",
+            cells=cells,
+            values=sums[:, 0],
+            low=sums[:, 1],
+            high=sums[:, 2],
+            fixed=fixed,
+            baseline=fixed + searched_s,
+            weights=graph.searched_weights,
+            provenance=f"measured on {self.device}",
+        )
+
+    def _sum(self, layers: Sequence[Layer], scheme: Scheme) -> tuple[float, float, float]:
+        parts = [(self.latencies[_case(layer, scheme)], layer.calls) for layer in layers]
+        return (
+            sum(calls * latency.median_s for latency, calls in parts),
+            sum(calls * latency.low_s for latency, calls in parts),
+            sum(calls * latency.high_s for latency, calls in parts),
+        )
+
+    def _measure(self, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
+        """Time each kernel that has no time yet, once; all schemes of a shape side by side."""
+        cases = {_case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
+        new = sorted(cases.keys() - self.latencies.keys(), key=lambda c: (c.shape, c.kernel))
+        for start in range(0, len(new), _TOGETHER):
+            part = new[start : start + _TOGETHER]
+            share = len(part) / len(new)
+
+            def progress(used: float, start: int = start, share: float = share) -> None:
+                if self._progress is not None:
+                    self._progress(start / len(new) + used * share)
+
+            stopwatch = replace(self._stopwatch, budget_s=self._stopwatch.budget_s * share)
+            measured = stopwatch.measure(
+                [self.backend.op(*cases[case]) for case in part],
+                self.backend.reference(),
+                self.device,
+                progress,
+            )
+            for latency in measured:
+                self.latencies[latency.case] = latency
+                if self._save is not None:
+                    self._save(latency)
+
+
+def _layers_by_unit(graph: LayerGraph) -> dict[UnitName, tuple[Layer, ...]]:
+    named = graph.by_name
+    return {unit.name: tuple(named[name] for name in unit.layers) for unit in graph.units}
+
+
+def _case(layer: Layer, scheme: Scheme) -> KernelCase:
+    case = kernel_for(layer, scheme)
+    if case is None:
+        raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
+    return case

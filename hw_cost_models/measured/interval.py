@@ -1,0 +1,62 @@
+"""The time of a kernel from interleaved rounds, with an interval that a repetition believes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpq.core.tables import Floats
+
+MOST_BLOCKS = 12
+DRIFT_SD = 0.0125
+# 97.5 % points of Student's t for 1 to 11 degrees of freedom.
+_STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+_NORMAL = 1.960
+_MAD_TO_SD = 1.4826  # of a normal distribution
+_MEDIAN_TO_MEAN = 1.2533  # standard error of a median over that of a mean, normal distribution
+_DRAWS = 200
+
+
+def estimate(
+    times: Floats, reference: Floats, *, seed: int = 0, drift_sd: float = DRIFT_SD
+) -> tuple[Floats, Floats]:
+    """Return the time of each kernel and the relative half-width of its 95 % interval.
+
+    `times` is (rounds, kernels) and `reference` (rounds,), in seconds. The estimate is
+    median over rounds (time / reference) * median over rounds (reference): ratios compare
+    kernels at the same moment, so that two kernels stay comparable when the machine changes
+    speed in the middle.
+
+    The half-width, of the logarithm, adds in quadrature
+    - sampling: Student's t times the standard deviation of the estimate when blocks of
+      successive rounds are drawn with replacement, ratio and reference together, so that slow
+      disturbances are not taken for independent ones;
+    - drift: 1.96 times what a median of a block varies beyond its own sampling error. It is not
+      divided by the number of blocks, because how long a drift lasts is unknown and the next
+      measurement may fall whole into another speed. It is at least `drift_sd`, the variation
+      between separate processes on an otherwise calm machine (memory placement, neighbours),
+      which no single process can see.
+    """
+    rounds = len(times)
+    blocks = np.array_split(np.arange(rounds), min(MOST_BLOCKS, rounds))
+    ratios = times / reference[:, None]
+    values: Floats = np.median(ratios, axis=0) * np.median(reference)
+    draws = np.empty((_DRAWS, times.shape[1]))
+    rng = np.random.default_rng(seed)
+    for i in range(_DRAWS):
+        drawn = np.concatenate([blocks[b] for b in rng.integers(0, len(blocks), len(blocks))])
+        draws[i] = np.log(np.median(ratios[drawn], axis=0) * np.median(reference[drawn]))
+    # A bootstrap of k blocks underestimates the variance by (k - 1) / k.
+    sampling = draws.std(axis=0, ddof=1) * np.sqrt(len(blocks) / (len(blocks) - 1))
+    drift = np.maximum(drift_sd, _drift(np.log(times), blocks))
+    half: Floats = np.hypot(_STUDENT[len(blocks) - 2] * sampling, _NORMAL * drift)
+    return values, half
+
+
+def _drift(logs: Floats, blocks: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Floats:
+    medians = np.array([np.median(logs[block], axis=0) for block in blocks])
+    spread = _MAD_TO_SD * np.median(np.abs(medians - np.median(medians, axis=0)), axis=0)
+    inner = np.concatenate([np.abs(logs[b] - m) for b, m in zip(blocks, medians, strict=True)])
+    length = len(logs) / len(blocks)
+    own_error = _MEDIAN_TO_MEAN * _MAD_TO_SD * np.median(inner, axis=0) / np.sqrt(length)
+    drift: Floats = np.sqrt(np.maximum(0.0, np.square(spread) - np.square(own_error)))
+    return drift

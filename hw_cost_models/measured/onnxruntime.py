@@ -1,0 +1,132 @@
+"""The ONNX Runtime backend: kernels as operations that a stopwatch can time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hw_cost_models.measured.capability import kernel_for, why_no_kernel
+from hw_cost_models.measured.device import device_fingerprint
+from hw_cost_models.measured.operands import Float32
+from hw_cost_models.measured.protocol import Op
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import FP32, Scheme
+from mpq.core.layers import Layer
+
+_RUN_S = 1e-3  # wanted length of a run: far above its overhead, below a scheduler's time slice
+_MACS_PER_S = 40e9  # only to guess how many copies make such a run
+_MOST_COPIES = 8
+_COLD_BYTES = 64e6  # twice a large last-level cache; more copies of a weight make nothing colder
+_SESSIONS = 5
+
+_REFERENCE = Layer(
+    name="reference",
+    kind="linear",
+    weight_shape=(256, 256),
+    weight_id="reference",
+    weight_bytes=256 * 256 * 4,
+    input_shape=(64, 256),
+    output_shape=(64, 256),
+    macs=64 * 256 * 256,
+    calls=1,
+    order=0,
+)
+
+
+class OnnxRuntime:
+    """Kernels of ONNX Runtime's CPU provider with a fixed number of threads.
+
+    A run is one session call on a graph with several copies of the kernel, each with its own
+    weights, so that the overhead of a session call (some microseconds, which a layer inside a
+    network does not have) is shared; what is left of it, under half a microsecond a kernel,
+    is not subtracted. Runs rotate over sessions, each with weights of its own: as in a network,
+    a weight was last used long ago. Inputs and outputs stay in place.
+    """
+
+    def __init__(self, *, num_threads: int = 1, seed: int = 0) -> None:
+        if num_threads < 1:
+            raise InvalidInputError("threads", f"threads are counted from 1, got {num_threads}")
+        self.num_threads = num_threads
+        self.device = device_fingerprint(num_threads)
+        self._seed = seed
+
+    def op(self, layer: Layer, scheme: Scheme) -> Op:
+        """Return the kernel of a layer in a scheme, ready to run.
+
+        Memory: up to 64 MB of weights, or one copy. Raises InvalidInputError where there is no
+        kernel.
+        """
+        case = kernel_for(layer, scheme)
+        if case is None:
+            raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
+        copies = _copies(layer)
+        stored = copies * layer.num_weights * scheme.weights.bits / 8
+        sessions = max(1, min(_SESSIONS, math.ceil(_COLD_BYTES / max(stored, 1))))
+        return Op(case, self._rotating(layer, scheme, copies, sessions), copies)
+
+    def reference(self) -> Op:
+        """Return the kernel that others are compared with: a small fp32 product."""
+        return self.op(_REFERENCE, Scheme(FP32))
+
+    def _rotating(
+        self, layer: Layer, scheme: Scheme, copies: int, sessions: int
+    ) -> Callable[[], object]:
+        import onnxruntime as ort
+
+        from hw_cost_models.measured.graphs import input_shape, kernel_model, output_shape
+
+        rng = np.random.default_rng(self._seed)
+        shape = input_shape(layer)
+        x = (
+            rng.integers(0, layer.weight_shape[0], shape)
+            if layer.kind == "embedding"
+            else rng.standard_normal(shape, np.float32)
+        )
+        first: Float32 = rng.standard_normal(layer.weight_shape, np.float32)
+        source = ort.OrtValue.ortvalue_from_numpy(x)
+        target = ort.OrtValue.ortvalue_from_numpy(np.zeros(output_shape(layer), np.float32))
+        bound: list[tuple[Any, Any]] = []
+        for s in range(sessions):
+            numbers = range(s * copies, (s + 1) * copies)
+            weights = [np.roll(first, 17 * n) for n in numbers]  # other values, cheaply
+            session = ort.InferenceSession(
+                kernel_model(layer, scheme, weights),
+                session_options(self.num_threads),
+                providers=["CPUExecutionProvider"],
+            )
+            binding = session.io_binding()
+            binding.bind_ortvalue_input("x", source)
+            for i in range(copies):
+                binding.bind_ortvalue_output(f"y{i}", target)
+            bound.append((session, binding))
+        rotation = itertools.cycle(bound)
+
+        def run() -> None:
+            session, binding = next(rotation)
+            session.run_with_iobinding(binding)
+
+        return run
+
+
+def session_options(num_threads: int) -> Any:
+    """Return options with that many threads, which do not spin between two runs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _copies(layer: Layer) -> int:
+    """Return how often a run executes the kernel: the same for all schemes of a layer."""
+    guess_s = layer.macs / max(layer.calls, 1) / _MACS_PER_S
+    wanted = round(_RUN_S / max(guess_s, 1e-9))
+    affordable = int(_COLD_BYTES / max(4 * layer.num_weights, 1))
+    return max(1, min(wanted, affordable, _MOST_COPIES))

@@ -1,0 +1,137 @@
+"""The stopwatch: times kernels side by side until their intervals are narrow enough."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from hw_cost_models.measured.interval import DRIFT_SD, estimate
+from mpq.core.errors import InvalidInputError
+from mpq.core.latency import KernelCase, KernelLatency
+
+LEAST_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kernel to time: `run()` executes it `runs` times on weights that are not in cache."""
+
+    case: KernelCase
+    run: Callable[[], object]
+    runs: int = 1
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopwatch:
+    """Interleaved rounds over all kernels, each beside a reference kernel.
+
+    A round times every kernel once, in random order, between two timings of the reference; one
+    timing is the fastest of `inner` runs, because whatever else the machine does only adds.
+    Rounds go on until there are `min_rounds`, a quarter of `budget_s` has passed (a short
+    measurement sees no drift) and every interval is within `target` of its median, or until
+    `budget_s` is used and there are LEAST_ROUNDS. All kernels share all rounds: they are compared
+    at the same moments. `clock` counts nanoseconds.
+    """
+
+    inner: int = 5
+    min_rounds: int = 24
+    target: float = 0.03
+    budget_s: float = 60.0
+    drift_sd: float = DRIFT_SD
+    seed: int = 0
+    clock: Callable[[], int] = time.perf_counter_ns
+
+    def __post_init__(self) -> None:
+        if self.inner < 1 or not self.budget_s > 0 or not self.target > 0:
+            raise InvalidInputError(
+                "stopwatch",
+                "a stopwatch needs inner >= 1, budget_s > 0 and target > 0, got "
+                f"{self.inner}, {self.budget_s} and {self.target}",
+            )
+
+    def measure(
+        self,
+        ops: Sequence[Op],
+        reference: Op,
+        device: str,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[KernelLatency]:
+        """Return the time of each kernel, in order.
+
+        `progress` gets the share of the time budget that is used, 1.0 at the end. A latency is
+        `noisy` where its interval is wider than `target` of its median on either side.
+        """
+        if not ops:
+            return []
+        rng = np.random.default_rng(self.seed)
+        rows: list[list[float]] = []
+        reference_s: list[float] = []
+        for op in (reference, *ops):
+            for _ in range(2 * self.inner):  # warm-up: first runs allocate and pack
+                op.run()
+        next_look = self.min_rounds
+        with _no_garbage_collection():
+            start = self.clock()
+            while True:
+                row = [0.0] * len(ops)
+                before = self._fastest(reference)
+                for i in rng.permutation(len(ops)):
+                    row[i] = self._fastest(ops[i])
+                reference_s.append((before + self._fastest(reference)) / 2)
+                rows.append(row)
+                used = (self.clock() - start) * 1e-9 / self.budget_s
+                if progress is not None:
+                    progress(min(used, 1.0))
+                if used >= 1.0 and len(rows) >= LEAST_ROUNDS:
+                    break
+                if len(rows) >= next_look and used >= 0.25:
+                    if (self._estimate(rows, reference_s)[1] <= self.target).all():
+                        break
+                    next_look = len(rows) + len(rows) // 4
+        if progress is not None:
+            progress(1.0)
+        values, half = self._estimate(rows, reference_s)
+        return [
+            KernelLatency(
+                device=device,
+                case=op.case,
+                median_s=float(value),
+                low_s=float(value * np.exp(-width)),
+                high_s=float(value * np.exp(width)),
+                rounds=len(rows),
+                noisy=bool(width > self.target),
+            )
+            for op, value, width in zip(ops, values, half, strict=True)
+        ]
+
+    def _fastest(self, op: Op) -> float:
+        best = float("inf")
+        for _ in range(self.inner):
+            start = self.clock()
+            op.run()
+            best = min(best, self.clock() - start)
+        return max(best, 1.0) * 1e-9 / op.runs  # a coarse clock never says that nothing is free
+
+    def _estimate(
+        self, rows: list[list[float]], reference_s: list[float]
+    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
+        return estimate(
+            np.array(rows), np.array(reference_s), seed=self.seed, drift_sd=self.drift_sd
+        )
