@@ -88,9 +88,7 @@ def as_solution(problem: Problem, allocation: Allocation) -> Solution:
     )
 
 
-def best(
-    proposals: Sequence[Proposal], measured: Mapping[str, Evaluation]
-) -> Proposal:
+def best(proposals: Sequence[Proposal], measured: Mapping[str, Evaluation]) -> Proposal:
     """Return the proposal that measured best on calibration data, the first of equals.
 
     Uniform schemes are among the proposals, so nothing worse than one of them is ever returned.

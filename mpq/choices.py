@@ -88,7 +88,10 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"{scheme} quantizes activations, but embedding {layer.name!r} reads indices: pin it "
             f"to a weights-only scheme",
         )
-    if scheme.weights.is_native and scheme.weights.bits * layer.num_weights > layer.weight_bytes * 8:
+    if (
+        scheme.weights.is_native
+        and scheme.weights.bits * layer.num_weights > layer.weight_bytes * 8
+    ):
         raise InvalidInputError(
             "scheme",
             f"{scheme} is wider than the {layer.weight_bytes * 8 // layer.num_weights}-bit weights "

@@ -40,24 +40,16 @@ def run_here(
         list[str] | None,
         typer.Option(help="Replace the job's budgets, e.g. --budget 'memory <= 4 MB'."),
     ] = None,
-    executor: Annotated[
-        str | None, typer.Option(help="Where tasks run: ray or serial.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Where to write the HTML page.")
-    ] = None,
+    executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search here and now, print the answer and write its HTML page."""
-    from dataclasses import replace
-
-    from mpq.jobfile import load_job, parse_job
+    from mpq.jobfile import load_job
     from mpq.tables import print_run
 
-    spec = load_job(job)
-    changes = {"budgets": tuple(budget or ()), "executor": executor}
-    spec = replace(spec, **{key: value for key, value in changes.items() if value})
-    spec = parse_job({f: getattr(spec, f) for f in spec.__slots__}, str(job))
+    changes = {"budgets": budget, "executor": executor}
+    spec = load_job(job, {key: value for key, value in changes.items() if value})
 
     from mpq.pipeline import run_job
     from mpq.progress import Bars
@@ -119,9 +111,7 @@ def solve_again(
 
 
 @app.command("report", rich_help_panel="Inspect")
-def report_page(
-    run: RunName = "latest", out: Path | None = None, storage: Storage = None
-) -> None:
+def report_page(run: RunName = "latest", out: Path | None = None, storage: Storage = None) -> None:
     """Write the HTML page of a stored run: frontier, bits per layer, measurements."""
     from mpq.report import write_report
     from mpq.store.store import open_store

@@ -96,9 +96,7 @@ def make_workload(
     """Put model, data and choices together; the key covers all that scores depend on."""
     cells = make_cells(graph, schemes, spec.pin)
     output = _check_runs(given.model, cut(given.calibration[0], 0, 1))
-    divergence = OutputDivergence(
-        detect(output) if spec.divergence == "auto" else spec.divergence
-    )
+    divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes
     )

@@ -13,8 +13,8 @@ from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.jobs import JobSpec
 
 
-def load_job(path: str | Path) -> JobSpec:
-    """Return the job in a .toml or .json file.
+def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobSpec:
+    """Return the job in a .toml or .json file, with some keys replaced by `changes`.
 
     Raises InvalidInputError for a missing file, a syntax error (with its line), an unknown key
     (with the nearest known one) or a value of the wrong kind.
@@ -31,7 +31,7 @@ def load_job(path: str | Path) -> JobSpec:
         raise InvalidInputError("job_file", f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise InvalidInputError("job_file", f"{path}: a job is a table of keys and values")
-    return parse_job(content, str(path))
+    return parse_job(content | dict(changes or {}), str(path))
 
 
 def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from mpq.candidates import Proposal, best, propose
@@ -95,16 +96,14 @@ def search(
         clip=clip,
         skip=tuple(skip),
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
-        groups=groups if isinstance(groups, str) else tuple(tuple(g) for g in groups),
+        groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
         executor=executor,
         num_workers=num_workers,
         seed=seed,
         num_probes=num_probes,
     )
-    given = load(
-        model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate
-    )
+    given = load(model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate)
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     return run(spec, given, open_store(storage), listener)
 
@@ -181,9 +180,12 @@ def _refuse_infeasible(
     workload: Workload, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
 ) -> None:
     """Raise InfeasibleError before anything is scored where no choice meets the budgets."""
-    nothing = [0.0] * len(workload.cells)
+    nothing = np.zeros(len(workload.cells))
     table = SensitivityTable(
-        metric="none", cells=workload.cells, values=nothing, stderr=nothing  # type: ignore[arg-type]
+        metric="none",
+        cells=workload.cells,
+        values=nothing,
+        stderr=nothing,
     )
     solution = solve(Problem(sensitivity=table, costs=costs, budgets=tuple(budgets)), "ilp")
     if solution.infeasibility is not None:
@@ -215,7 +217,9 @@ def _choose(
     proposals = propose(problem, spec.solver)
     evaluations = measured(
         [
-            Candidate(name=p.name, split="calibration", allocation=p.allocation, predicted=p.predicted)
+            Candidate(
+                name=p.name, split="calibration", allocation=p.allocation, predicted=p.predicted
+            )
             for p in proposals
         ]
     )

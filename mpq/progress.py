@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[], None]
@@ -12,19 +12,11 @@ Advance = Callable[[], None]
 class Progress(Protocol):
     """Somebody who listens to the stages of a search."""
 
-    def stage(self, name: str, total: int) -> AbstractStage:
-        """Open a stage of `total` steps; the context value advances it by one."""
+    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """Open a stage of `total` steps; the `with` value is called after each."""
 
     def note(self, text: str) -> None:
         """Say one line."""
-
-
-class AbstractStage(Protocol):
-    """A `with` block that yields the function to call after each step."""
-
-    def __enter__(self) -> Advance: ...
-
-    def __exit__(self, *args: object) -> bool | None: ...
 
 
 class Silent:

@@ -166,7 +166,8 @@ def _styled(figure: Any) -> Any:
 
 def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:
     limits = {budget.cost: budget for budget in solution.budgets}
-    return [_budget_row(table, limits, (solution.totals or {})[name]) for name, table in problem.costs.items()]
+    totals = solution.totals or {}
+    return [_budget_row(t, limits, totals[name]) for name, t in problem.costs.items()]
 
 
 def _budget_row(table: CostTable, limits: dict[str, Any], total: float) -> dict[str, str]:
@@ -200,5 +201,3 @@ def _unit_rows(graph: LayerGraph, problem: Problem, allocation: Allocation) -> l
             }
         )
     return rows
-
-

@@ -17,7 +17,7 @@ of the curvature: Hutchinson 1990.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from mpq.nn.patch import evaluating, frozen
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
 from mpq.nn.workload import Workload
+
+_Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]
 
 _VERSION = 1  # part of every content key: raise it when results change
 
@@ -83,9 +85,8 @@ def _responses(
     with calls, torch.enable_grad():
         output = workload.output(number, batch)
         head = workload.divergence.head(output)
-    if any(x.shape[0] % samples for x, _ in calls.all()):
-        if samples > 1:
-            return None
+    if samples > 1 and any(inputs.shape[0] % samples for inputs, _ in calls.all()):
+        return None
     gradients = _output_gradients(workload, batch, head, calls, generator)
     u = np.zeros((len(workload.cells), samples, workload.num_probes), np.float32)
     modules = dict(workload.model.named_modules())
@@ -130,7 +131,7 @@ class _Calls:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: LayerName):  # type: ignore[no-untyped-def]
+    def _hook(self, name: LayerName) -> _Hook:
         def remember(
             _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> torch.Tensor:
@@ -167,9 +168,8 @@ def _output_gradients(
         found.append(
             torch.autograd.grad(head, outputs, seeds, retain_graph=not last, allow_unused=True)
         )
-    stacked = iter(
-        [None if probes[0] is None else torch.stack(probes) for probes in zip(*found, strict=True)]  # type: ignore[arg-type]
-    )
+    known = [[g for g in probes if g is not None] for probes in zip(*found, strict=True)]
+    stacked = iter([torch.stack(probes) if probes else None for probes in known])
     return {
         name: [next(stacked) for _ in calls.of(name)]
         for unit in workload.graph.units

@@ -115,7 +115,9 @@ def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[
                 (gradient,) = torch.autograd.grad(
                     loss, weight, create_graph=True, allow_unused=True
                 )
-                if gradient is None or not gradient.requires_grad:  # the loss is at most linear in it
+                if (
+                    gradient is None or not gradient.requires_grad
+                ):  # the loss is at most linear in it
                     found.append([0.0] * probes)
                     continue
                 draws = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sqlite3
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -420,3 +421,31 @@ def test_kernel_latencies_of_a_device(store: Store) -> None:
         store.put_kernel_latency(one)
     assert store.kernel_latencies("d") == {again.case: again, second.case: second}
     assert store.kernel_latencies("unknown") == {}
+
+
+def test_tables_are_stored_and_loaded_in_no_time(store: Store, run_id: str) -> None:
+    schemes = ("int8", "int4", "int4g64", "int8:int8", "int4a", "int2", "int3g32", "fp16")
+    units = tuple(f"blocks.{i}.mlp" for i in range(40))
+    cells = Cells(units=units, schemes=(tuple(map(parse_scheme, schemes)),) * 40)
+    table, prices = sensitivity(cells=cells), [cost(n, cells) for n in ("memory", "latency")]
+    put, load = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        store.put_sensitivity(run_id, table)
+        put.append(time.perf_counter() - start)
+        for price in prices:
+            store.put_cost(run_id, price)
+        start = time.perf_counter()
+        assert len(store.problem(run_id).cells) == 320
+        load.append(time.perf_counter() - start)
+    assert min(put) < 0.05
+    assert min(load) < 0.05
+
+
+def test_large_tables_come_back(store: Store, run_id: str) -> None:
+    cells = Cells(
+        units=tuple(f"experts.{i}" for i in range(8000)), schemes=(CELLS.schemes[0],) * 8000
+    )
+    table = sensitivity(cells=cells)
+    store.put_sensitivity(run_id, table)
+    assert same(store.sensitivity(run_id), table)

@@ -151,9 +151,7 @@ def parse_format(text: str, role: Role = "weights") -> Format:
         if int(found["group"]) < 1:
             raise InvalidInputError("format", f"a group holds at least one weight, got {text!r}")
         granularity = PerGroup(int(found["group"]))
-    return Format(
-        family="int", bits=bits, granularity=granularity, symmetric=found["asym"] is None
-    )
+    return Format(family="int", bits=bits, granularity=granularity, symmetric=found["asym"] is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,8 +196,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         cells = self.cells
-        tables = [*self.costs.values(), *([self.responses] if self.responses else [])]
-        if any(table.cells != cells for table in tables):
+        axes = [table.cells for table in self.costs.values()]
+        axes += [self.responses.cells] if self.responses else []
+        if any(axis != cells for axis in axes):
             raise InvalidInputError("cells", "the tables of a problem are over different cells")
         for budget in self.budgets:
             if budget.cost not in self.costs:
@@ -244,7 +245,7 @@ class Problem:
         if not free:
             return {}
         shared = set.intersection(*free)
-        order = [s for s in dict.fromkeys(s for ss in self.cells.schemes for s in ss)]
+        order = dict.fromkeys(s for schemes in self.cells.schemes for s in schemes)
         return {
             scheme: Allocation(
                 {

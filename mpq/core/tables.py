@@ -143,9 +143,7 @@ class SensitivityTable:
         """Build a table from a mapping; cells are ordered by first appearance of their unit."""
         cells, ordered = _gathered(values)
         errors = [0.0 if stderr is None else stderr[cell] for cell in cells]
-        return cls(
-            metric=metric, cells=cells, values=np.array(ordered), stderr=np.array(errors)
-        )
+        return cls(metric=metric, cells=cells, values=np.array(ordered), stderr=np.array(errors))
 
     def __getitem__(self, cell: Cell) -> float:
         return float(self.values[self.cells.index(cell)])
@@ -309,4 +307,5 @@ class Responses:
         else:
             keep = np.zeros_like(mean)  # one sample carries no error estimate: stay additive
         np.fill_diagonal(keep, 1.0)
-        return mean * keep
+        shrunk: Floats = mean * keep
+        return shrunk

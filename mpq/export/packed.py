@@ -29,13 +29,12 @@ def pack_bits(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]
     return np.packbits(planes.reshape(-1), bitorder="little")
 
 
-def unpack_bits(
-    stream: npt.NDArray[np.uint8], bits: int, count: int
-) -> npt.NDArray[np.uint8]:
+def unpack_bits(stream: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
     """Return the first `count` values of a bit stream; inverse of `pack_bits`."""
     planes = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    return (planes * weights).sum(axis=1, dtype=np.uint8)
+    places = (1 << np.arange(bits)).astype(np.uint8)
+    values: npt.NDArray[np.uint8] = (planes * places).sum(axis=1, dtype=np.uint8)
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,9 @@ def read_packed(path: str | Path, graph: LayerGraph) -> dict[str, torch.Tensor]:
         for layer in graph.stored_layers(unit):
             if fmt.is_native:
                 continue
-            codes = _read_codes(tensors.pop(f"{layer.weight_id}.codes"), fmt.bits, layer.num_weights)
+            codes = _read_codes(
+                tensors.pop(f"{layer.weight_id}.codes"), fmt.bits, layer.num_weights
+            )
             scales = tensors.pop(f"{layer.weight_id}.scales").float().reshape(-1, 1)
             zero_points = None
             if not fmt.symmetric:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.nn.batches import Batch, call
@@ -31,8 +32,12 @@ def _min_max(model: nn.Module, names: Iterable[LayerName], batches: Sequence[Bat
         low, high = limits.get(name, (0.0, 0.0))
         limits[name] = (min(low, float(value.min())), max(high, float(value.max())))
 
-    def hook(name: LayerName) -> torch.utils.hooks.RemovableHandle:
-        return modules[name].register_forward_pre_hook(lambda _, args: observe(name, args[0]))
+    def hook(name: LayerName) -> RemovableHandle:
+        def observe_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            observe(name, args[0])
+
+        handle: RemovableHandle = modules[name].register_forward_pre_hook(observe_input)
+        return handle
 
     handles = [hook(name) for name in names]
     try:

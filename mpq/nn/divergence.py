@@ -70,7 +70,7 @@ class OutputDivergence:
         E_r (S r)(S r)^T = S S^T, so 1/2 E_r <S r, dh>^2 is the divergence to second order.
         """
         if self.kind == "mse":
-            return signs * (2.0 / head[0].numel()) ** 0.5
+            return torch.mul(signs, (2.0 / head[0].numel()) ** 0.5)
         weights = self._position_weights(head[..., 0], mask).sqrt()
         if self.kind == "cosine":
             return signs * weights.unsqueeze(-1)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unit, Unsearched
+from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unsearched
 from mpq.core.patterns import matching
 from mpq.nn.batches import Batch, call, describe
 from mpq.nn.patch import evaluating
@@ -77,9 +77,7 @@ def build_graph(
     with evaluating(model), torch.no_grad():
         traces = _trace(model, modules, sample)
     owners = _parameter_names(model)
-    layers = {
-        name: _layer(name, module, traces[name], owners) for name, module in modules.items()
-    }
+    layers = {name: _layer(name, module, traces[name], owners) for name, module in modules.items()}
     reasons = _reasons_outside(layers, _skipped(layers, skip), embeddings)
     searched = {name: layer for name, layer in layers.items() if name not in reasons}
     if not searched:
@@ -135,9 +133,7 @@ def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
         )
 
 
-def _layer(
-    name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[int, str]
-) -> Layer:
+def _layer(name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[int, str]) -> Layer:
     kind = kind_of(module)
     weight = module._parameters["weight"]
     assert kind is not None
@@ -151,7 +147,9 @@ def _layer(
         weight_bytes=weight.numel() * weight.element_size(),
         input_shape=trace.inputs[0] if trace.inputs else (),
         output_shape=output,
-        macs=sum(_macs(kind, weight, i, o) for i, o in zip(trace.inputs, trace.outputs, strict=True)),
+        macs=sum(
+            _macs(kind, weight, i, o) for i, o in zip(trace.inputs, trace.outputs, strict=True)
+        ),
         calls=len(trace.inputs),
         order=trace.order,
         convolution=_convolution(module),
@@ -240,7 +238,9 @@ def _unsearched(
         return f"{tensor.ndim}-d parameter of {kinds[owner]}: no layer kind that can be searched"
 
     persistent = set(model.state_dict(keep_vars=True))
-    stored = [(n, p, False) for n, p in model.named_parameters() if n not in weights]
+    stored: list[tuple[str, torch.Tensor, bool]] = [
+        (n, p, False) for n, p in model.named_parameters() if n not in weights
+    ]
     stored += [(n, b, True) for n, b in model.named_buffers() if n in persistent]
     return tuple(
         Unsearched(

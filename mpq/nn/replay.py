@@ -21,7 +21,8 @@ def replay(
     if isinstance(module, nn.Embedding):
         return F.embedding(inputs, weight)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module._conv_forward(inputs, weight, bias)  # type: ignore[arg-type]
+        output: torch.Tensor = module._conv_forward(inputs, weight, bias)
+        return output
     if isinstance(module, nn.ConvTranspose2d):
         geometry: dict[str, Any] = {
             "stride": module.stride,

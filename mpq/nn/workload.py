@@ -48,9 +48,7 @@ class Workload:
 
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
         """Return the scheme of each layer under an allocation of units."""
-        return {
-            layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers
-        }
+        return {layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers}
 
     def output(self, number: int, batch: Batch) -> torch.Tensor:
         """Run the model on a calibration batch; errors name the batch and its shapes."""

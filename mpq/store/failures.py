@@ -9,7 +9,7 @@ from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from mpq.core.errors import MpqError, StorageError
+from mpq.core.errors import InvalidInputError, MpqError, StorageError
 from mpq.store.address import shown, sqlite_file
 
 # What SQLite says -> our code, and what it means for the database named {place}.
@@ -51,6 +51,10 @@ def one_line_errors(url: URL) -> Iterator[None]:
         if isinstance(error.orig, MpqError):
             raise error.orig from None
         raise _storage_error(url, error) from error
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            "text", f"{error.object[:80]!r} cannot be stored: it has half a character (surrogate)"
+        ) from None
     except (SQLAlchemyError, ImportError) as error:
         raise _storage_error(url, error) from error
 

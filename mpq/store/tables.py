@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from sqlalchemy import delete, insert, select
@@ -11,11 +10,13 @@ from sqlalchemy.orm import Session
 
 from mpq.core.errors import unknown
 from mpq.core.problem import Problem
-from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
+from mpq.core.tables import Cells, CostTable, Floats, Responses, SensitivityTable
 from mpq.store.arrays import npy_array, npy_bytes
 from mpq.store.cells import CellText, cell_texts, cells_of
 from mpq.store.models import CostCellRow, CostRow, ResponsesRow, RunRow, ScoreRow
 from mpq.store.runs import not_stored
+
+_ROWS_AT_ONCE = 10_000  # a million cells are not a million dicts at once
 
 
 class CellReader:
@@ -176,15 +177,17 @@ def _insert_cells(
     row: type[ScoreRow] | type[CostCellRow],
     shared: dict[str, str],
     cells: Cells,
-    columns: dict[str, Any],
+    columns: dict[str, Floats],
 ) -> None:
     names = ("position", "unit", "scheme", *columns)
-    numbers: Sequence[Any] = [column.tolist() for column in columns.values()]
-    rows = [
-        {**shared, **dict(zip(names, (position, unit, scheme, *values), strict=True))}
-        for position, ((unit, scheme), *values) in enumerate(
-            zip(cell_texts(cells), *numbers, strict=True)
-        )
-    ]
-    if rows:
+    texts = cell_texts(cells)
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        numbers = [column[some].tolist() for column in columns.values()]
+        rows = [
+            {**shared, **dict(zip(names, (position, unit, scheme, *values), strict=True))}
+            for position, ((unit, scheme), *values) in enumerate(
+                zip(texts[some], *numbers, strict=True), start
+            )
+        ]
         session.execute(insert(row), rows)

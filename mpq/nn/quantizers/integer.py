@@ -1,6 +1,6 @@
 """Integers of 1 to 8 bits: symmetric or with a zero point; per tensor, channel or group.
 
-A symmetric b-bit weight is w ~ s q with q in [-2^(b-1), 2^(b-1) - 1] and s = max|w| / (2^(b-1) - 1);
+A symmetric b-bit weight is w ~ s q, q in [-2^(b-1), 2^(b-1) - 1], s = max|w| / (2^(b-1) - 1);
 one bit has the two levels +-s/2 instead (a grid with a zero would have one level only).
 An asymmetric one is w ~ s (q - z) with q in [0, 2^b - 1], and its range always holds zero.
 Scales are rounded to IEEE half, as they are stored.
@@ -64,7 +64,7 @@ def clip_range(weight: torch.Tensor, fmt: Format, channel_axis: int = 0) -> Rang
     fmt.num_scales(tuple(weight.shape), channel_axis)
     rows = _grouped(weight.detach().float(), fmt, channel_axis)
     block = max(1, _BLOCK // max(1, rows.shape[1]))  # so that a block stays in the cache
-    found = [_least_error(part, fmt) for part in rows.split(block)]
+    found = [_least_error(part, fmt) for part in torch.split(rows, block)]
     low, high = (torch.cat(parts) for parts in zip(*found, strict=True))
     return low, high
 
@@ -166,8 +166,10 @@ def fake_quantize_activation(
         largest = torch.maximum(-low, high)
         top = max(2 ** (fmt.bits - 1) - 1, 1)
         scale = (largest / top).clamp_min(1e-12)
-        return (values / scale).round().clamp(-top - 1, top) * scale
+        rounded = (values / scale).round().clamp(-top - 1, top)
+        return torch.mul(rounded, scale)
     steps = 2**fmt.bits - 1
     scale = ((high - low) / steps).clamp_min(1e-12)
     zero = (-low / scale).round()
-    return ((values / scale + zero).round().clamp(0, steps) - zero) * scale
+    rounded = (values / scale + zero).round().clamp(0, steps)
+    return torch.mul(rounded - zero, scale)
