@@ -1,0 +1,207 @@
+"""The tables of a database: made, checked, migrated."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import MetaData, create_engine, inspect
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
+
+from mpq.core.errors import StorageError
+from mpq.core.jobs import JobSpec
+from mpq.store import open_store, schema, upgrade
+from mpq.store.migrate import migrations
+from mpq.store.models import Base
+
+SPEC = JobSpec(model="pkg:net", calibration="pkg:data", budgets=())
+HEAD = schema.REVISIONS[-1]
+
+
+def execute(path: Path, *statements: str) -> None:
+    raw = sqlite3.connect(path)
+    with raw:
+        for statement in statements:
+            raw.execute(statement)
+    raw.close()
+
+
+def tables(path: Path) -> dict[str, object]:
+    """Everything that a database says of its tables, independent of their order."""
+    engine = create_engine(f"sqlite:///{path}")
+    found: dict[str, object] = {}
+    look = inspect(engine)
+    for table in look.get_table_names():
+        parts = [
+            [{**column, "type": str(column["type"])} for column in look.get_columns(table)],
+            look.get_pk_constraint(table),
+            sorted(map(repr, look.get_foreign_keys(table))),
+            sorted(map(repr, look.get_indexes(table))),
+            sorted(map(repr, look.get_unique_constraints(table))),
+            look.get_table_options(table),
+        ]
+        found[table] = parts
+    engine.dispose()
+    return found
+
+
+def test_known_versions_are_the_migrations() -> None:
+    script = ScriptDirectory.from_config(migrations())
+    names = [revision.revision for revision in script.walk_revisions()]
+    assert tuple(reversed(names)) == schema.REVISIONS
+    assert script.get_heads() == [HEAD]
+
+
+def test_new_database_equals_a_migrated_one(tmp_path: Path) -> None:
+    open_store(tmp_path / "new.db").close()
+    assert upgrade(tmp_path / "migrated.db") == (None, HEAD)
+    assert tables(tmp_path / "new.db") == tables(tmp_path / "migrated.db")
+    assert set(tables(tmp_path / "new.db")) == {*Base.metadata.tables, "alembic_version"}
+
+
+@pytest.mark.parametrize("made_by", ["open", "upgrade"])
+def test_models_have_no_difference_to_the_database(tmp_path: Path, made_by: str) -> None:
+    path = tmp_path / "runs.db"
+    open_store(path).close() if made_by == "open" else upgrade(path)
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, MetaData()) != []  # it does look
+    engine.dispose()
+
+
+def test_tables_are_ready_for_postgresql() -> None:
+    made = {
+        name: str(CreateTable(table).compile(dialect=postgresql.dialect()))
+        for name, table in Base.metadata.tables.items()
+    }
+    assert "id SERIAL NOT NULL" in made["events"]
+    assert "created_at TIMESTAMP WITH TIME ZONE NOT NULL" in made["runs"]
+    assert "spec JSON NOT NULL" in made["runs"]  # JSONB would lose the order of keys
+    assert "value DOUBLE PRECISION NOT NULL" in made["scores"]
+    assert "arrays BYTEA NOT NULL" in made["partials"]
+
+
+def test_no_migration_keeps_data(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with open_store(path) as store:
+        run_id = store.create_run(SPEC)
+        store.log(run_id, "kind", "message")
+    assert upgrade(path) == (HEAD, HEAD)
+    with open_store(path) as store:
+        assert [event.message for event in store.events(run_id)] == ["message"]
+
+
+def test_migrated_database_can_be_used(tmp_path: Path) -> None:
+    upgrade(f"sqlite:///{tmp_path / 'a 100% odd name.db'}")
+    with open_store(tmp_path / "a 100% odd name.db") as store:
+        assert store.run(store.create_run(SPEC)).spec == SPEC
+
+
+def test_upgrading_leaves_logging_alone(tmp_path: Path) -> None:
+    before = (list(logging.root.handlers), logging.root.level, logging.getLogger("mpq").disabled)
+    upgrade(tmp_path / "runs.db")
+    assert before == (
+        list(logging.root.handlers),
+        logging.root.level,
+        logging.getLogger("mpq").disabled,
+    )
+
+
+def test_older_database_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.db"
+    open_store(path).close()
+    monkeypatch.setattr(schema, "REVISIONS", (HEAD, "0002_later"))
+    with pytest.raises(StorageError) as caught:
+        open_store(path)
+    assert caught.value.code == "storage_schema"
+    for words in (repr(HEAD), "'0002_later'", f"mpq db upgrade --storage sqlite:///{path}"):
+        assert words in str(caught.value)
+
+
+def test_newer_database_names_both_versions(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    open_store(path).close()
+    execute(path, "UPDATE alembic_version SET version_num = '0099_future'")
+    before = path.read_bytes()
+    for call in (open_store, upgrade):
+        with pytest.raises(StorageError) as caught:
+            call(path)
+        assert caught.value.code == "storage_schema"
+        assert "'0099_future'" in str(caught.value)
+        assert repr(HEAD) in str(caught.value)
+        assert "upgrade mpq" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+FOREIGN = {
+    "plain": ["CREATE TABLE songs (id INTEGER)"],
+    "named alike": ["CREATE TABLE runs (id INTEGER)", "CREATE TABLE partials (id INTEGER)"],
+    "of alembic": [
+        "CREATE TABLE runs (id INTEGER)",
+        "CREATE TABLE alembic_version (version_num TEXT)",
+        "INSERT INTO alembic_version VALUES ('abcdef')",
+    ],
+    "without version": [
+        "CREATE TABLE runs (id INTEGER)",
+        "CREATE TABLE partials (id INTEGER)",
+        "CREATE TABLE alembic_version (version_num TEXT)",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_database_of_another_program_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "runs.db"
+    execute(path, *FOREIGN[kind])
+    before = path.read_bytes()
+    for call in (open_store, upgrade):
+        with pytest.raises(StorageError, match="belongs to another program") as caught:
+            call(path)
+        assert caught.value.code == "storage_schema"
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert not Path(f"{path}-wal").exists()
+
+
+def test_failed_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.db"
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("in the last step")
+
+    monkeypatch.setattr("alembic.op.create_index", broken)
+    with pytest.raises(RuntimeError, match="in the last step"):
+        upgrade(path)
+    assert tables(path) == {}
+    monkeypatch.undo()
+    assert upgrade(path) == (None, HEAD)
+
+
+def test_next_migration_can_be_written(tmp_path: Path) -> None:
+    """A developer's `alembic revision --autogenerate` works, and finds nothing to do."""
+    config = migrations()
+    versions = tmp_path / "versions"
+    versions.mkdir()
+    config.set_main_option("path_separator", "newline")
+    scripts = Path(config.get_main_option("script_location") or "") / "versions"
+    config.set_main_option("version_locations", f"{scripts}\n{versions}")
+    engine = create_engine(f"sqlite:///{tmp_path / 'runs.db'}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        command.revision(
+            config, "second", autogenerate=True, rev_id="0002", version_path=str(versions)
+        )
+    engine.dispose()
+    written = next(versions.glob("*.py")).read_text()
+    assert "op." not in written
+    compile(written, "0002", "exec")
