@@ -105,6 +105,8 @@ def _responses(
                     if gradient is None:  # the output does not depend on this call
                         continue
                     for place, change in enumerate(changes.of(inputs)):
+                        if change is None:
+                            continue
                         inner = (gradient * change).reshape(len(gradient), samples, -1).sum(-1)
                         u[offset + place] += inner.T.numpy()
     return u
@@ -197,16 +199,18 @@ class _Changes:
             for scheme in schemes
         ]
 
-    def of(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def of(self, inputs: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return the change in each scheme on remembered inputs; None where nothing changes."""
         original: torch.Tensor | None = None
-        changes = []
+        changes: list[torch.Tensor | None] = []
         for scheme, stored in zip(self._schemes, self._stored, strict=True):
-            if scheme.activations.is_native:  # linear in the weight: one replay of the change
-                change = replay(self._module, inputs, stored - self._weight, None)
-            else:
+            change: torch.Tensor | None = None
+            if not scheme.activations.is_native:
                 if original is None:
                     original = replay(self._module, inputs, self._weight, None)
                 seen = fake_quantize_activation(inputs, scheme.activations, self._limit)
                 change = replay(self._module, seen, stored, None) - original
+            elif stored is not self._weight:  # linear in the weight: one replay of its change
+                change = replay(self._module, inputs, stored - self._weight, None)
             changes.append(change)
         return changes
