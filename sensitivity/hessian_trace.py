@@ -154,5 +154,5 @@ def _loss(workload: Workload, position: int, batch: object) -> torch.Tensor:
             "loss", f"the loss must return one number, on batch {position} it returned {got}"
         )
     if not torch.isfinite(loss):
-        raise InvalidInputError("loss", f"the loss is {float(loss)} on batch {position}")
+        raise InvalidInputError("loss", f"the loss is {float(loss.detach())} on batch {position}")
     return loss

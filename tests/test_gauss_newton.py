@@ -35,7 +35,9 @@ def make_workload(
     return Workload(
         model=model,
         graph=graph,
-        cells=Cells(units=tuple(u.name for u in graph.units), schemes=(schemes,) * len(graph.units)),
+        cells=Cells(
+            units=tuple(u.name for u in graph.units), schemes=(schemes,) * len(graph.units)
+        ),
         calibration=tuple(batches),
         held_out=(),
         divergence=OutputDivergence(kind),
@@ -220,7 +222,9 @@ def test_layers_that_mix_samples_are_scored_one_sample_at_a_time() -> None:
 
     torch.manual_seed(1)
     model = Positions()
-    workload = make_workload(model, [torch.randn(3, 3)], probes=400, schemes=(parse_scheme("int2"),))
+    workload = make_workload(
+        model, [torch.randn(3, 3)], probes=400, schemes=(parse_scheme("int2"),)
+    )
     u = responses(workload)
     exact = exact_changes(workload, "kl")
     for cell in range(len(u)):

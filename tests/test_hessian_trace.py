@@ -1,0 +1,170 @@
+"""Per-layer Hessian traces against exact Hessians, and PyHessian on the same batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import parse_scheme
+from mpq.nn.quantizers import WeightQuantizer
+from mpq.nn.workload import Workload
+from sensitivity.hessian_trace import HessianTrace
+from tests.test_gauss_newton import make_workload
+
+SCHEMES = (parse_scheme("int2"), parse_scheme("int4"))
+
+
+def loss(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(output, batch[1])
+
+
+def small_workload(probes: int = 2, with_loss: bool = True) -> Workload:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batches = [(torch.randn(6, 4).double(), torch.randint(0, 3, (6,))) for _ in range(2)]
+    workload = make_workload(model, batches, probes=probes, schemes=SCHEMES)
+    return replace(workload, loss=loss) if with_loss else workload
+
+
+def exact_traces(workload: Workload) -> list[float]:
+    """Return Tr(H_l) of the mean loss of each layer's weight by the full Hessian."""
+    model = workload.model
+    found = []
+    for name in ("0.weight", "2.weight"):
+        total = 0.0
+        for batch in workload.calibration:
+
+            def of(weight: torch.Tensor) -> torch.Tensor:
+                output = functional_call(model, {name: weight}, (batch[0],))  # noqa: B023
+                if workload.loss is not None:
+                    return workload.loss(output, batch)  # noqa: B023
+                return workload.divergence.between(model(batch[0]).detach(), output).mean()  # noqa: B023
+
+            weight = dict(model.named_parameters())[name].detach()
+            matrix = torch.autograd.functional.hessian(of, weight).reshape(
+                weight.numel(), weight.numel()
+            )
+            total += float(matrix.trace())
+        found.append(total / len(workload.calibration))
+    return found
+
+
+def run(workload: Workload) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    metric = HessianTrace()
+    partials = [metric.run(workload, task) for task in metric.tasks(workload)]
+    table = metric.combine(workload.cells, partials).sensitivity
+    squared = []
+    parameters = dict(workload.model.named_parameters())
+    for layer in ("0.weight", "2.weight"):
+        weight = parameters[layer].detach()
+        for scheme in SCHEMES:
+            stored = WeightQuantizer().fake_quantize(layer, weight, scheme.weights)
+            squared.append(float((stored - weight).square().sum()))
+    return table.values, table.stderr, squared
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_omega_is_the_mean_trace_times_the_squared_perturbation(with_loss: bool) -> None:
+    workload = small_workload(probes=100, with_loss=with_loss)
+    values, stderr, squared = run(workload)
+    traces = np.repeat(exact_traces(workload), 2)
+    sizes = np.repeat([20, 15], 2)
+    assert (np.abs(values - traces / sizes * squared) <= 5 * stderr).all()
+    assert (stderr < 0.2 * np.abs(values)).all()
+
+
+def test_error_bars_cover_as_often_as_they_say() -> None:
+    truth = None
+    inside = []
+    for seed in range(60):
+        workload = replace(small_workload(probes=4), seed=seed)
+        values, stderr, squared = run(workload)
+        truth = truth or exact_traces(workload)
+        expected = np.repeat(truth, 2) / np.repeat([20, 15], 2) * squared
+        inside += list(np.abs(values - expected)[::2] <= 1.96 * stderr[::2])
+    share = float(np.mean(inside))
+    assert abs(share - 0.95) <= 4 * math.sqrt(0.95 * 0.05 / len(inside))
+
+
+def test_agrees_with_pyhessian_on_the_same_batch() -> None:
+    from pyhessian import hessian as PyHessian
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    batch = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
+    workload = replace(make_workload(model, [batch], probes=100, schemes=SCHEMES), loss=loss)
+    metric = HessianTrace()
+    partials = [metric.run(workload, task) for task in metric.tasks(workload)]
+    ours = sum(float(p["traces"].mean()) for p in partials)
+    error = math.sqrt(sum(float(p["traces"].std(ddof=1)) ** 2 / p["traces"].size for p in partials))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its constructor keeps a graph alive
+        draws = PyHessian(model, nn.CrossEntropyLoss(), data=batch, cuda=False).trace(
+            maxIter=400, tol=0.0
+        )
+    theirs, their_error = np.mean(draws), np.std(draws, ddof=1) / math.sqrt(len(draws))
+    assert abs(ours - theirs) <= 4 * math.hypot(error, their_error)
+
+
+def test_a_loss_that_is_not_one_number_names_the_batch() -> None:
+    workload = replace(small_workload(), loss=lambda output, batch: output)
+    metric = HessianTrace()
+    with pytest.raises(InvalidInputError, match=r"batch 0 .*\[6, 3\]"):
+        metric.run(workload, metric.tasks(workload)[0])
+
+
+def test_a_loss_that_is_nan_names_the_batch() -> None:
+    workload = replace(small_workload(), loss=lambda output, batch: output.sum() * float("nan"))
+    metric = HessianTrace()
+    with pytest.raises(InvalidInputError, match="loss is nan on batch 0"):
+        metric.run(workload, metric.tasks(workload)[0])
+
+
+def test_fused_attention_is_differentiated_twice() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = self.project(x).unsqueeze(1)
+            return self.head(nn.functional.scaled_dot_product_attention(q, q, q).mean((1, 2)))
+
+    workload = make_workload(Attention(), [torch.randn(2, 3, 4)], schemes=SCHEMES)
+    metric = HessianTrace()
+    traces = metric.run(workload, metric.tasks(workload)[0])["traces"]
+    assert np.isfinite(traces).all()
+    assert traces.any()
+
+
+def test_a_model_that_cannot_be_differentiated_twice_is_told_what_to_use() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(Once.apply(self.first(x)).tanh())
+
+    workload = make_workload(Model(), [torch.randn(4, 3)], schemes=SCHEMES)
+    metric = HessianTrace()
+    with pytest.raises(InvalidInputError, match="gauss_newton"):
+        metric.run(workload, metric.tasks(workload)[0])
