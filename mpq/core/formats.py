@@ -105,8 +105,10 @@ class Format:
 FP32 = Format(family="fp32", bits=32, granularity=PerTensor())
 
 _INTEGER = {
-    "weights": re.compile(r"int(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asym>a)?"),
-    "activations": re.compile(r"int(?P<bits>\d+)(?P<sym>s)?"),
+    "weights": re.compile(
+        r"int(?P<bits>\d{1,9})(?:(?P<tensor>t)|g(?P<group>\d{1,9}))?(?P<asym>a)?"
+    ),
+    "activations": re.compile(r"int(?P<bits>\d{1,9})(?P<sym>s)?"),
 }
 _EXAMPLES = {
     "weights": ("int8", "int4", "int4t", "int4g64", "int4g128a", *NATIVE_BITS),

@@ -32,7 +32,7 @@ _UNITS: dict[str, dict[str, float]] = {
 }
 _BUDGET = re.compile(
     r"\s*(?P<cost>[\w-]+)\s*<=\s*"
-    r"(?:uniform\s+(?P<uniform>\S+)|(?P<amount>[+-]?[\d.]+(?:[eE][+-]?\d+)?|nan|inf)\s*"
+    r"(?:uniform\s+(?P<uniform>\S+)|(?P<amount>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*"
     r"(?P<unit>%|[A-Za-z]*))\s*"
 )
 
@@ -59,7 +59,7 @@ def budget_text(budget: Budget) -> str:
     """Return the text that `BudgetText.parse` reads back to the same limit."""
     if budget.cost not in _COST_UNITS:
         raise unknown("cost", budget.cost, _COST_UNITS)
-    return f"{budget.cost} <= {budget.limit!r} {_COST_UNITS[budget.cost]}"
+    return f"{budget.cost} <= {float(budget.limit)!r} {_COST_UNITS[budget.cost]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +120,12 @@ class BudgetText:
             return self._needs(table.baseline, "a known baseline") * self.amount / 100
         if self.unit == "bpw":
             return table.fixed + self.amount * self._needs(table.weights, "a weight count") / 8
-        scales = _UNITS[table.unit]
+        scales = _UNITS.get(table.unit, {})
         if self.unit not in scales:
             raise InvalidInputError(
                 "budget",
                 f"{self.text!r}: {self.cost} is counted in {table.unit}, so write it in "
-                f"{', '.join(scales)} or %",
+                f"{' or '.join([*scales, '%'])}",
             )
         return self.amount * scales[self.unit]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,13 +38,17 @@ class Cells:
             )
         index = {name: i for i, name in enumerate(self.units)}
         if len(index) != len(self.units):
-            twice = sorted({n for n in self.units if self.units.count(n) > 1})
+            twice = sorted(name for name, count in Counter(self.units).items() if count > 1)
             raise InvalidInputError("cells", f"unit names appear twice: {', '.join(twice)}")
+        fine: set[int] = set()  # units share tuples: look at each once
         for name, schemes in zip(self.units, self.schemes, strict=True):
+            if id(schemes) in fine:
+                continue
             if not schemes:
                 raise InvalidInputError("no_choices", f"unit {name!r} has no scheme to choose from")
             if len(set(schemes)) != len(schemes):
                 raise InvalidInputError("cells", f"unit {name!r} lists a scheme twice")
+            fine.add(id(schemes))
         counts = np.fromiter((len(s) for s in self.schemes), np.int64, len(self.schemes))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         offsets.setflags(write=False)
@@ -70,22 +76,29 @@ class Cells:
         try:
             return int(self.offsets[number]) + self.schemes[number].index(scheme)
         except ValueError:
-            raise unknown(
-                f"scheme of unit {unit}", str(scheme), map(str, self.schemes[number])
-            ) from None
+            error = unknown("scheme", str(scheme), map(str, self.schemes[number]))
+            raise InvalidInputError(error.code, f"unit {unit!r}: {error}") from None
 
     def restrict(self, allowed: Mapping[UnitName, Sequence[Scheme]]) -> tuple[Cells, Indices]:
         """Return fewer cells, and the old number of each: units in `allowed` keep only those."""
+        kept = list(self.schemes)
+        keep = np.ones(len(self), np.bool_)
         for unit, schemes in allowed.items():
-            for scheme in schemes:
-                self.index((unit, scheme))
-        kept: list[tuple[Scheme, ...]] = []
-        numbers: list[int] = []
-        for u, (unit, schemes) in enumerate(zip(self.units, self.schemes, strict=True)):
-            wanted = set(allowed.get(unit, schemes))
-            kept.append(tuple(s for s in schemes if s in wanted))
-            numbers += [int(self.offsets[u]) + i for i, s in enumerate(schemes) if s in wanted]
-        return Cells(units=self.units, schemes=tuple(kept)), np.array(numbers, np.int64)
+            wanted = [self.index((unit, scheme)) for scheme in schemes]
+            number = self.unit_number(unit)
+            start, stop = self.offsets[number], self.offsets[number + 1]
+            keep[start:stop] = False
+            keep[wanted] = True
+            kept[number] = tuple(
+                s for s, k in zip(kept[number], keep[start:stop], strict=True) if k
+            )
+        return Cells(units=self.units, schemes=tuple(kept)), np.flatnonzero(keep)
+
+
+def _named(cells: Cells, number: int) -> str:
+    unit = int(np.searchsorted(cells.offsets, number, "right")) - 1
+    scheme = cells.schemes[unit][number - int(cells.offsets[unit])]
+    return f"unit {cells.units[unit]!r} in {scheme}"
 
 
 def checked(what: str, cells: Cells, values: npt.ArrayLike) -> Floats:
@@ -97,9 +110,8 @@ def checked(what: str, cells: Cells, values: npt.ArrayLike) -> Floats:
         )
     if not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array))[0])
-        unit, scheme = list(cells)[bad]
         raise InvalidInputError(
-            "table_not_finite", f"{what} of unit {unit!r} in {scheme} is {array[bad]}"
+            "table_not_finite", f"{what} of {_named(cells, bad)} is {array[bad]}"
         )
     array.setflags(write=False)
     return array
@@ -142,6 +154,12 @@ class SensitivityTable:
     ) -> SensitivityTable:
         """Build a table from a mapping; cells are ordered by first appearance of their unit."""
         cells, ordered = _gathered(values)
+        missing = [] if stderr is None else [c for c in cells if c not in stderr]
+        if missing:
+            unit, scheme = missing[0]
+            raise InvalidInputError(
+                "table_incomplete", f"no standard error of unit {unit!r} in {scheme}"
+            )
         errors = [0.0 if stderr is None else stderr[cell] for cell in cells]
         return cls(metric=metric, cells=cells, values=np.array(ordered), stderr=np.array(errors))
 
@@ -183,12 +201,15 @@ class CostTable:
             array = checked(f"cost {self.name!r}", self.cells, getattr(self, part))
             if (array < 0).any():
                 bad = int(np.flatnonzero(array < 0)[0])
-                unit, scheme = list(self.cells)[bad]
                 raise InvalidInputError(
                     "table_negative",
-                    f"cost {self.name!r} of unit {unit!r} in {scheme} is negative: {array[bad]}",
+                    f"cost {self.name!r} of {_named(self.cells, bad)} is negative: {array[bad]}",
                 )
             object.__setattr__(self, part, array)
+        if not (math.isfinite(self.fixed) and self.fixed >= 0):
+            raise InvalidInputError(
+                "table_negative", f"the fixed part of cost {self.name!r} is {self.fixed}"
+            )
 
     @classmethod
     def exact(
@@ -270,7 +291,11 @@ class Responses:
                 f"responses of shape {self.vectors.shape} for {len(self.cells)} cells",
             )
         if not np.isfinite(self.vectors).all():
-            raise InvalidInputError("table_not_finite", "responses hold NaN or infinity")
+            bad = int(np.argwhere(~np.isfinite(self.vectors))[0, 0])
+            raise InvalidInputError(
+                "table_not_finite",
+                f"responses of {_named(self.cells, bad)} hold NaN or infinity",
+            )
         self.vectors.setflags(write=False)
 
     def restrict(self, cells: Cells, numbers: Indices) -> Responses:
