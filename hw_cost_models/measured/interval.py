@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpq.core.tables import Floats
+from mpq.core.tables import Floats, Indices
+
+Blocks = list[Indices]
 
 MOST_BLOCKS = 12
 DRIFT_SD = 0.0125
@@ -38,21 +40,33 @@ def estimate(
     """
     rounds = len(times)
     blocks = np.array_split(np.arange(rounds), min(MOST_BLOCKS, rounds))
-    ratios = times / reference[:, None]
-    values: Floats = np.median(ratios, axis=0) * np.median(reference)
-    draws = np.empty((_DRAWS, times.shape[1]))
-    rng = np.random.default_rng(seed)
-    for i in range(_DRAWS):
-        drawn = np.concatenate([blocks[b] for b in rng.integers(0, len(blocks), len(blocks))])
-        draws[i] = np.log(np.median(ratios[drawn], axis=0) * np.median(reference[drawn]))
+    columns = np.column_stack([times / reference[:, None], reference])
+    middle = np.median(columns, axis=0)
+    values: Floats = middle[:-1] * middle[-1]
+    draws = np.log(_redrawn_medians(columns, blocks, np.random.default_rng(seed)))
     # A bootstrap of k blocks underestimates the variance by (k - 1) / k.
-    sampling = draws.std(axis=0, ddof=1) * np.sqrt(len(blocks) / (len(blocks) - 1))
+    correction = np.sqrt(len(blocks) / (len(blocks) - 1))
+    sampling = (draws[:, :-1] + draws[:, -1:]).std(axis=0, ddof=1) * correction
     drift = np.maximum(drift_sd, _drift(np.log(times), blocks))
     half: Floats = np.hypot(_STUDENT[len(blocks) - 2] * sampling, _NORMAL * drift)
     return values, half
 
 
-def _drift(logs: Floats, blocks: list[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> Floats:
+def _redrawn_medians(columns: Floats, blocks: Blocks, rng: np.random.Generator) -> Floats:
+    """Return (draws, columns) medians over blocks that are drawn with replacement."""
+    count = len(blocks)
+    times_drawn = rng.multinomial(count, np.full(count, 1 / count), size=_DRAWS)
+    block_of = np.repeat(np.arange(count), [len(block) for block in blocks])
+    order = np.argsort(columns, axis=0)
+    medians = np.empty((_DRAWS, columns.shape[1]))
+    for j in range(columns.shape[1]):
+        below = np.cumsum(times_drawn[:, block_of[order[:, j]]], axis=1)
+        place = (2 * below >= below[:, -1:]).argmax(axis=1)
+        medians[:, j] = columns[order[place, j], j]
+    return medians
+
+
+def _drift(logs: Floats, blocks: Blocks) -> Floats:
     medians = np.array([np.median(logs[block], axis=0) for block in blocks])
     spread = _MAD_TO_SD * np.median(np.abs(medians - np.median(medians, axis=0)), axis=0)
     inner = np.concatenate([np.abs(logs[b] - m) for b, m in zip(blocks, medians, strict=True)])
