@@ -75,9 +75,13 @@ def _storage_error(url: URL, error: Exception) -> StorageError:
                 return StorageError(code, message.format(place=place))
     if isinstance(error, PoolTimeoutError):
         return StorageError("storage_busy", f"too many connections to {place} are in use")
-    lost = "is the server running, and are host, port, user and password right?"
-    if isinstance(error, DBAPIError) and (error.connection_invalidated or "connect" in said):
-        return StorageError("storage_unreachable", f"cannot reach {place}: {said}; {lost}")
+    lost = any(word in said for word in ("connect", "resolve host"))
+    if isinstance(error, DBAPIError) and (error.connection_invalidated or lost):
+        return StorageError(
+            "storage_unreachable",
+            f"cannot reach {place}: {said}; is the server running, and are host, port, database, "
+            "user and password right?",
+        )
     return StorageError("storage", f"{place}: {said}")
 
 
