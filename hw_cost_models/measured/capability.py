@@ -10,6 +10,7 @@ from mpq.core.layers import Layer
 
 BACKEND = "onnxruntime"
 _BLOCKS = (16, 32, 64, 128, 256)
+_TWO_BIT_BLOCKS = (32, 64, 128)
 _DEFAULT = {
     # The largest block that divides is used where a tuple offers several.
     "linear": (
@@ -33,12 +34,13 @@ def kernel_for(layer: Layer, scheme: Scheme) -> KernelCase | None:
     fp32: MatMul, Conv, ConvTranspose, Gather.
     int8:int8 (weights per channel or tensor): linear layers run DynamicQuantizeMatMul, which
     quantizes the activations of the whole tensor at run time; convolutions run QLinearConv with
-    a static activation scale, and the QuantizeLinear before and the DequantizeLinear after it
-    are part of the kernel, because the neighbours may be fp32. Both take *unsigned* weights:
+    a static activation scale, and the QuantizeLinear before, the DequantizeLinear after it and
+    the changes of layout that the runtime adds are part of the kernel, because the neighbours
+    may be fp32. Both take *unsigned* weights:
     signed ones meet unsigned activations in a 16-bit saturating multiply-add on x86 without
     VNNI, and are wrong by up to half of the output.
-    int2, int4, int8 in groups of 16 to 256 with fp32 activations: MatMulNBits with
-    accuracy_level=4, which itself rounds the activations to int8 in blocks of the group size
+    int2, int4, int8 in groups of 16 to 256 (2 bits: 32 to 128) with fp32 activations:
+    MatMulNBits with accuracy_level=4, which itself rounds the activations to int8 in blocks of the group size
     (its error is that of an 8-bit activation, a few 1e-3 of the output's range); embeddings
     run GatherBlockQuantized.
     """
@@ -126,8 +128,8 @@ def _weight_only(layer: Layer, weights: Format, scheme: Scheme) -> _Found:
         )
     if layer.kind == "embedding" and weights.bits == 2:
         return f"{scheme}: {name} is used for 4 and 8 bits only"
-    if weights.bits == 2 and block == 16:
-        return f"{scheme}: {name} unpacks 2-bit groups of 16 in every call; use int2g32"
+    if weights.bits == 2 and block not in _TWO_BIT_BLOCKS:
+        return f"{scheme}: {name} unpacks 2-bit groups of {block} in every call; use int2g32"
     zero_points = "" if weights.symmetric else " zero_points"
     level = " accuracy_level=4" if layer.kind == "linear" else ""
     return f"{name} bits={weights.bits} block={block}{level}{zero_points}", True
