@@ -49,8 +49,9 @@ class StorageError(MpqError):
 def unknown(kind: str, given: object, known: Iterable[str]) -> InvalidInputError:
     """Return the error for a name that is not among `known`, with the nearest match."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else "."
+    folded = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(given).lower(), folded, n=1)
+    hint = f": did you mean {folded[near[0]]!r}?" if near else "."
     return InvalidInputError(
         f"unknown_{kind.replace(' ', '_')}",
         f"unknown {kind} {given!r}{hint} Known: {', '.join(names) or 'none'}",
