@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.jobs import JobSpec, RunState, check_transition
+from mpq.jobfile import load_job, parse_job
+
+ALLOWED = {
+    ("PENDING", "RUNNING"),
+    ("PENDING", "STOPPED"),
+    ("PENDING", "FAILED"),
+    ("RUNNING", "STOPPED"),
+    ("RUNNING", "SUCCEEDED"),
+    ("RUNNING", "FAILED"),
+    ("STOPPED", "RUNNING"),
+    ("FAILED", "RUNNING"),
+}
+SMALL = {"model": "a:b", "calibration": "a:c", "budgets": ["memory <= 60%"]}
+TOML = 'model = "a:b"\ncalibration = "a:c"\nbudgets = ["memory <= 60%"]\n'
+
+
+@pytest.mark.parametrize(("old", "new"), list(product(RunState, RunState)))
+def test_run_states_follow_the_table(old: RunState, new: RunState) -> None:
+    if (old, new) in ALLOWED:
+        check_transition(old, new)
+    else:
+        with pytest.raises(InvalidInputError, match=f"a {old} run cannot become {new}") as caught:
+            check_transition(old, new)
+        assert caught.value.code == "run_state"
+
+
+def test_a_final_state_is_told() -> None:
+    with pytest.raises(InvalidInputError, match="nothing: it is final"):
+        check_transition(RunState.SUCCEEDED, RunState.RUNNING)
+
+
+def test_a_job_needs_little_and_has_defaults() -> None:
+    spec = parse_job(SMALL)
+    assert spec == JobSpec(model="a:b", calibration="a:c", budgets=("memory <= 60%",))
+    assert (spec.metric, spec.solver, spec.executor, spec.seed) == (
+        "gauss_newton",
+        "auto",
+        "ray",
+        0,
+    )
+
+
+def test_toml_and_json_give_the_same_job(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(TOML)
+    (tmp_path / "job.json").write_text(json.dumps(SMALL))
+    assert load_job(tmp_path / "job.toml") == load_job(tmp_path / "job.json") == parse_job(SMALL)
+
+
+def test_changes_replace_keys_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(TOML)
+    spec = load_job(tmp_path / "job.toml", {"budgets": ["latency <= 3 ms"], "seed": 4})
+    assert (spec.budgets, spec.seed) == (("latency <= 3 ms",), 4)
+
+
+def test_an_unknown_key_gets_the_nearest_one() -> None:
+    with pytest.raises(InvalidInputError, match=r"^job: unknown job key 'buget': did you mean"):
+        parse_job({**SMALL, "buget": []})
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "line"),
+    [
+        ("toml", TOML + "seed = \n", 4),
+        ("toml", TOML + "seed = 1\nseed = 2\n", 5),
+        ("json", '{"model": "a:b",\n "seed": }', 2),
+    ],
+    ids=["toml", "twice", "json"],
+)
+def test_a_syntax_error_is_one_line_with_the_place(
+    tmp_path: Path, suffix: str, text: str, line: int
+) -> None:
+    path = tmp_path / f"job.{suffix}"
+    path.write_text(text)
+    with pytest.raises(InvalidInputError, match=rf"{path.name}: .*line {line}") as caught:
+        load_job(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "many"),
+        ("seed", 1.5),
+        ("budgets", "memory <= 60%"),
+        ("budgets", [3]),
+        ("model", 7),
+        ("clip", "maxmin"),
+        ("executor", "dask"),
+        ("divergence", "l1"),
+        ("pin", ["fc"]),
+        ("groups", "some"),
+        ("embeddings", "perhaps"),
+        ("version", 2),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line_with_key_and_value(key: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^job: {key}") as caught:
+        parse_job({**SMALL, key: value})
+    assert caught.value.code == "job_key"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", SMALL)
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"job: {key}: field required"):
+        parse_job({k: v for k, v in SMALL.items() if k != key})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_a_json_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(InvalidInputError, match="a job is a table"):
+        load_job(tmp_path / "job.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"absent\.toml: No such file"):
+        load_job(tmp_path / "absent.toml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidInputError, match="not UTF-8"):
+        load_job(tmp_path / "job.toml")
