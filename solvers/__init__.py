@@ -1,0 +1,38 @@
+"""Solvers: one cell per unit, least score, every budget met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpq.core.errors import unknown
+from mpq.core.problem import Problem, Solution
+from mpq.core.protocols import Solver
+
+
+def _ilp() -> Solver:
+    from solvers.ilp import Ilp
+
+    return Ilp()
+
+
+def _pairs() -> Solver:
+    from solvers.pairs import Pairs
+
+    return Pairs()
+
+
+SOLVERS: dict[str, Callable[[], Solver]] = {"ilp": _ilp, "pairs": _pairs}
+
+
+def get_solver(name: str) -> Solver:
+    """Return a solver by its name; "auto" is "ilp". Raises InvalidInputError for others."""
+    if name == "auto":
+        name = "ilp"
+    if name not in SOLVERS:
+        raise unknown("solver", name, ["auto", *SOLVERS])
+    return SOLVERS[name]()
+
+
+def solve(problem: Problem, solver: str = "auto") -> Solution:
+    """Solve a problem; an infeasible one is answered with its reason, not raised."""
+    return get_solver(solver).solve(problem)

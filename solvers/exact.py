@@ -1,0 +1,161 @@
+"""Least total of one value per cell under budgets, proven."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mpq.core.problem import Budget, Problem
+from mpq.core.tables import Floats, Indices
+from solvers.knapsack import Knapsack, Mask, cheapest, fitting, preference, tightest
+from solvers.milp import SCALE, TOLERANCE, Answer, branch_and_cut
+from solvers.relaxation import Relaxation, relax
+from solvers.rounding import round_to_fit
+
+_MAX_EXCLUDED = 30  # choices that break a budget by less than the solver can see
+_LARGE = 300  # entries from which on a small core is solved first
+_CORE = 60  # entries of that core beyond one per unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Least:
+    """The chosen cell of each unit, or None, and a lower bound on the total of the values.
+
+    `proven`: nothing is better, or, where `choice` is None, nothing fits.
+    """
+
+    choice: Indices | None
+    bound: float
+    proven: bool
+
+
+def minimise(
+    problem: Problem, values: Floats, budgets: Sequence[Budget], *, time_limit_s: float
+) -> Least:
+    """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
+
+    `values` (num_cells,) stand in for the problem's sensitivity, `budgets` for its own. The
+    linear relaxation prices the budgets, rounding it gives a first choice, the distance of the
+    two rules out most cells, and an integer program decides about the rest. A better choice is
+    overlooked only if it gains less than about 1e-11 of what the answer loses against the
+    unconstrained best. `time_limit_s` bounds the integer programs, not building them.
+    """
+    return _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s).run()
+
+
+class _Search:
+    def __init__(
+        self, problem: Problem, values: Floats, limits: dict[str, float], deadline: float
+    ) -> None:
+        self.problem, self.values, self.limits = problem, values, limits
+        self.deadline = deadline
+        self.best: Indices | None = None
+
+    def run(self) -> Least:
+        for cost in self.limits:
+            if not self._fits(cheapest(self.problem, self.problem.costs[cost].values), cost):
+                return Least(choice=None, bound=math.inf, proven=True)
+        free = cheapest(self.problem, self.values)
+        if self._fits(free):
+            return Least(choice=free, bound=self._value(free), proven=True)
+        knapsack = fitting(self.problem, self.values, self.limits)
+        if knapsack is None:
+            return Least(choice=None, bound=math.inf, proven=True)
+        knapsack = self._part(knapsack, knapsack.undominated(preference(self.problem)))
+        relaxed = relax(knapsack)
+        if relaxed is None:
+            return Least(choice=None, bound=math.inf, proven=True)
+        rounded = round_to_fit(knapsack, relaxed)
+        if rounded is not None:
+            self._offer(np.array([], np.int64), knapsack, rounded)
+        return self._decide(knapsack, relaxed)
+
+    def _decide(self, whole: Knapsack, relaxed: Relaxation) -> Least:
+        """Rule cells out by the best choice so far, solve the rest, repeat while that helps."""
+        lower = whole.base + relaxed.bound
+        if len(self._undecided(whole, relaxed).cells) > _LARGE:
+            self._solve(self._core(whole, relaxed), share=0.25)
+        while True:
+            rest = self._undecided(whole, relaxed)
+            before = self.best
+            answer = self._solve(rest)
+            lower = max(lower, rest.base + answer.bound)
+            if not answer.complete:
+                return self._answer(lower, proven=False)
+            if self.best is None or self.best is before:
+                return self._answer(lower, proven=True)
+            # Small on the scale that the solver saw: look again on the scale of the answer.
+            loss = self._value(self.best) - rest.base
+            if loss * SCALE > rest.objective.max():
+                return self._answer(lower, proven=True)
+
+    def _undecided(self, whole: Knapsack, relaxed: Relaxation) -> Knapsack:
+        if self.best is None:
+            return whole
+        most = (self._value(self.best) - whole.base) * (1 + 1e-10)
+        keep = (whole.objective <= most) & (relaxed.bound + relaxed.reduced <= most)
+        keep |= np.isin(whole.cells, self.best)
+        return self._part(whole, keep)
+
+    def _core(self, whole: Knapsack, relaxed: Relaxation) -> Knapsack:
+        """Return the part in which a very good choice is likely: the entries nearest to even."""
+        nearest = np.argsort(relaxed.reduced, kind="stable")[: len(whole.starts) - 1 + _CORE]
+        keep = relaxed.shares > 1e-9
+        keep[nearest] = True
+        return self._part(whole, keep)
+
+    def _part(self, whole: Knapsack, keep: Mask) -> Knapsack:
+        return Knapsack.of(self.problem, self.values, self.limits, whole.cells[keep])
+
+    def _solve(self, rest: Knapsack, *, share: float = 1.0) -> Answer:
+        """Solve, cutting off choices that fit only within the solver's tolerance.
+
+        `share` is the part of the time left that this may take.
+        """
+        start = time.monotonic()
+        deadline = start + share * (self.deadline - start)
+        free, settled = rest.split()
+        if not len(free.cells):
+            return Answer(choice=None, bound=0.0, complete=True)
+        excluded: list[Indices] = []
+        while True:
+            left = deadline - time.monotonic()
+            answer = branch_and_cut(free, excluded, time_limit_s=left)
+            if answer.choice is None or self._offer(settled, free, answer.choice):
+                return answer
+            if not excluded:  # something that surely fits, in case too many do not
+                tight = replace(free, slack=free.slack * (1 - 4 * TOLERANCE))
+                safe = branch_and_cut(tight, [], time_limit_s=deadline - time.monotonic())
+                if safe.choice is not None:
+                    self._offer(settled, free, safe.choice)
+            excluded.append(answer.choice)
+            if not answer.complete or len(excluded) > _MAX_EXCLUDED:
+                return replace(answer, complete=False)
+
+    def _offer(self, settled: Indices, knapsack: Knapsack, entries: Indices) -> bool:
+        """Keep a choice if it really fits and nothing better is known; tell whether it fits."""
+        choice = np.sort(np.concatenate([settled, knapsack.cells[entries]]))
+        if not self._fits(choice):
+            return False
+        if self.best is None or self._value(choice) < self._value(self.best):
+            self.best = choice
+        return True
+
+    def _answer(self, lower: float, *, proven: bool) -> Least:
+        if self.best is None:
+            return Least(choice=None, bound=math.inf if proven else lower, proven=proven)
+        value = self._value(self.best)
+        proven = proven or lower >= value
+        return Least(choice=self.best, bound=value if proven else lower, proven=proven)
+
+    def _fits(self, choice: Indices, *costs: str) -> bool:
+        return all(
+            self.problem.total(cost, choice) <= self.limits[cost] for cost in costs or self.limits
+        )
+
+    def _value(self, choice: Indices) -> float:
+        return math.fsum(self.values[choice])

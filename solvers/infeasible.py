@@ -1,0 +1,114 @@
+"""Why nothing fits, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpq.core.problem import Budget, Infeasibility, Problem
+from mpq.core.quantities import quantity
+from solvers.exact import minimise
+from solvers.knapsack import cheapest, tightest
+
+_CHEAPER = {"bytes": "smaller", "s": "faster"}
+
+
+def explain(problem: Problem, *, time_limit_s: float) -> Infeasibility:
+    """Find the smallest reachable value of each budgeted cost, alone and beside the others.
+
+    For a problem in which nothing fits. `time_limit_s` bounds each of the integer programs; a
+    value that is not proven smallest in that time is still reachable.
+    """
+    limits = tightest(problem.budgets)
+    smallest = {
+        cost: problem.total(cost, cheapest(problem, problem.costs[cost].values)) for cost in limits
+    }
+    relaxed: dict[str, float | None] = {}
+    for cost in limits:
+        others = [Budget(name, limit) for name, limit in limits.items() if name != cost]
+        values = problem.costs[cost].values
+        least = minimise(problem, values, others, time_limit_s=time_limit_s)
+        relaxed[cost] = None if least.choice is None else problem.total(cost, least.choice)
+    alone = [cost for cost in limits if smallest[cost] > limits[cost]]
+    joint = [cost for cost in limits if relaxed[cost] is not None]
+    told = _Told(problem, limits)
+    if alone:
+        names, message = alone, told.alone(alone, smallest)
+    elif joint:
+        names, message = joint, told.together(joint, relaxed)
+    else:
+        names, message = list(limits), told.several(smallest)
+    return Infeasibility(names=tuple(names), smallest=smallest, relaxed=relaxed, message=message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    problem: Problem
+    limits: Mapping[str, float]
+
+    def alone(self, names: list[str], smallest: Mapping[str, float]) -> str:
+        parts = []
+        for name in names:
+            limit, need = self.texts(name, smallest[name])
+            parts.append(f"{limit}: the smallest possible is {need} ({self.reached_by(name)})")
+        units = {self.problem.costs[name].unit for name in names}
+        cheaper = _CHEAPER.get(units.pop(), "cheaper") if len(units) == 1 else "cheaper"
+        budget = "budget" if len(names) == 1 else "budgets"
+        return (
+            f"no allocation fits {', nor '.join(parts)}; "
+            f"raise the {budget} or add a {cheaper} format"
+        )
+
+    def together(self, names: list[str], relaxed: Mapping[str, float | None]) -> str:
+        needs = {name: value for name in names if (value := relaxed[name]) is not None}
+        texts = {name: self.texts(name, value) for name, value in needs.items()}
+        every = [self.texts(n, needs.get(n, self.limits[n]))[0] for n in self.limits]
+        parts = []
+        for name in names:
+            kept = _listed([other for other in self.limits if other != name])
+            parts.append(f"with {kept} kept, {name} needs {texts[name][1]}")
+        end = "raise it" if len(names) == 1 else "raise one of them"
+        return f"no allocation fits {_listed(every)} together: {'; '.join(parts)}; {end}"
+
+    def several(self, smallest: Mapping[str, float]) -> str:
+        texts = [self.texts(name, smallest[name]) for name in self.limits]
+        needs = [f"{name} {need}" for name, (_, need) in zip(self.limits, texts, strict=True)]
+        return (
+            f"no allocation fits {_listed([limit for limit, _ in texts])} together, nor when any "
+            f"one of them is dropped; each alone needs {_listed(needs)}; raise at least two"
+        )
+
+    def texts(self, name: str, need: float) -> tuple[str, str]:
+        """Return "memory <= 10.0 MB" and "11.7 MB"; the two amounts never print equal.
+
+        The need is rounded up, so that it suffices when it is typed in as the next budget.
+        """
+        limit, unit = self.limits[name], self.problem.costs[name].unit
+        digits = 4
+        while digits < 17 and need != limit:
+            if quantity(limit, unit, digits=digits) != quantity(need, unit, digits=digits, up=True):
+                break
+            digits += 1
+        amount = quantity(limit, unit, digits=digits)
+        written = next(
+            (b.text for b in self.problem.budgets if (b.cost, b.limit) == (name, limit)), ""
+        )
+        relative = any(word in written for word in ("%", "bpw", "uniform"))
+        text = f"{written.strip()} ({amount})" if relative else f"{name} <= {amount}"
+        return text, quantity(need, unit, digits=digits, up=True)
+
+    def reached_by(self, name: str) -> str:
+        """Return which allocation has the smallest total of a cost."""
+        problem, values = self.problem, self.problem.costs[name].values
+        if all(len(schemes) == 1 for schemes in problem.cells.schemes):
+            return "no unit has a choice"
+        least = problem.total(name, cheapest(problem, values))
+        for scheme, allocation in problem.uniform().items():
+            if problem.total(name, allocation.choice(problem.cells)) == least:
+                return f"every unit at {scheme}"
+        word = _CHEAPER.get(problem.costs[name].unit, "cheaper")
+        return f"every unit at its {word.removesuffix('er')}est scheme"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

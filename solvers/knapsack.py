@@ -1,0 +1,152 @@
+"""The multiple-choice knapsack in plain arrays, and the cells that no best choice needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mpq.core.problem import Budget, Problem
+from mpq.core.tables import Cells, Floats, Indices
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knapsack:
+    """Entry i is cell `cells[i]` of unit `units[i]`; entries of a unit stand together.
+
+    `objective[i]` and `weights[k, i]` are what the cell takes above the least of its unit, so
+    both are >= 0: a choice is worth `base + sum objective` and fits if `sum weights <= slack`.
+    `slack` is generous by a few rounding errors; whoever answers checks the real budgets.
+    """
+
+    cells: Indices
+    units: Indices
+    starts: Indices
+    objective: Floats
+    weights: Floats
+    slack: Floats
+    base: float
+
+    @classmethod
+    def of(
+        cls, problem: Problem, values: Floats, limits: Mapping[str, float], kept: Indices
+    ) -> Knapsack:
+        """Build the knapsack over the `kept` cells (ascending, at least one of each unit)."""
+        owners = unit_numbers(problem.cells)[kept]
+        units = np.unique(owners, return_inverse=True)[1]
+        starts = _starts(units)
+        least, objective = _above_least(values[kept], starts, units)
+        weights, slack = np.empty((len(limits), len(kept))), np.empty(len(limits))
+        for k, (cost, limit) in enumerate(limits.items()):
+            table = problem.costs[cost]
+            floor, weights[k] = _above_least(table.values[kept], starts, units)
+            room = math.fsum([limit, -table.fixed, *(-floor)])
+            slack[k] = room + 4 * np.spacing(limit)
+        return cls(
+            cells=kept,
+            units=units,
+            starts=starts,
+            objective=objective,
+            weights=weights,
+            slack=slack,
+            base=math.fsum(least),
+        )
+
+    def undominated(self, rank: Indices) -> Mask:
+        """Mark the entries that no other entry of their unit dominates.
+
+        One entry dominates another if it is nowhere worse and somewhere better; between equals
+        the lower `rank` of the cell counts as better.
+        """
+        keep = np.ones(len(self.cells), np.bool_)
+        sizes = np.diff(self.starts)
+        for size in np.unique(sizes):
+            entries = self.starts[:-1][sizes == size][:, None] + np.arange(size)
+            ranks = rank[self.cells[entries]]
+            better = ranks[:, :, None] < ranks[:, None, :]
+            nowhere_worse = np.ones_like(better)
+            for row in (self.objective, *self.weights):
+                mine, other = row[entries][:, :, None], row[entries][:, None, :]
+                nowhere_worse &= mine <= other
+                better |= mine < other
+            keep[entries] = ~(nowhere_worse & better).any(axis=1)
+        return keep
+
+    def split(self) -> tuple[Knapsack, Indices]:
+        """Return the knapsack of the units that have a choice, and the cells of the others."""
+        free = np.diff(self.starts)[self.units] > 1
+        units = np.unique(self.units[free], return_inverse=True)[1]
+        smaller = Knapsack(
+            cells=self.cells[free],
+            units=units,
+            starts=_starts(units),
+            objective=self.objective[free],
+            weights=self.weights[:, free],
+            slack=self.slack,
+            base=self.base,
+        )
+        return smaller, self.cells[~free]
+
+
+def fitting(problem: Problem, values: Floats, limits: Mapping[str, float]) -> Knapsack | None:
+    """Return the knapsack of the cells that fit beside the least of all other units.
+
+    None where some unit has no such cell: then nothing fits.
+    """
+    kept = np.arange(len(problem.cells))
+    while True:
+        knapsack = Knapsack.of(problem, values, limits, kept)
+        fits = np.all(knapsack.weights <= knapsack.slack[:, None], axis=0)
+        left = np.unique(knapsack.units[fits])
+        if (knapsack.slack < 0).any() or len(left) < len(problem.cells.units):
+            return None
+        if fits.all():
+            return knapsack
+        kept = kept[fits]
+
+
+def _starts(units: Indices) -> Indices:
+    return np.flatnonzero(np.diff(units, prepend=-1, append=units.max(initial=-1) + 1))
+
+
+def _above_least(values: Floats, starts: Indices, units: Indices) -> tuple[Floats, Floats]:
+    if not len(values):
+        return values, values
+    least = np.minimum.reduceat(values, starts[:-1])
+    return least, values - least[units]
+
+
+def unit_numbers(cells: Cells) -> Indices:
+    """Return the number of the unit of each cell."""
+    return np.repeat(np.arange(len(cells.units)), np.diff(cells.offsets))
+
+
+def tightest(budgets: Iterable[Budget]) -> dict[str, float]:
+    """Return the smallest limit of each budgeted cost, in the order of the budgets."""
+    limits: dict[str, float] = {}
+    for budget in budgets:
+        limits[budget.cost] = min(budget.limit, limits.get(budget.cost, math.inf))
+    return limits
+
+
+def preference(problem: Problem) -> Indices:
+    """Return the rank of each cell among equally good ones: cheaper first, then as listed.
+
+    Cheaper in the first budgeted cost, then in the further budgeted ones, then in all others.
+    """
+    order = dict.fromkeys([*(budget.cost for budget in problem.budgets), *problem.costs])
+    keys = [np.arange(len(problem.cells)), *(problem.costs[c].values for c in reversed(order))]
+    rank = np.empty(len(problem.cells), np.int64)
+    rank[np.lexsort(keys)] = np.arange(len(rank))
+    return rank
+
+
+def cheapest(problem: Problem, values: Floats) -> Indices:
+    """Return the cell of least value of each unit, the preferred one among equals."""
+    order = np.lexsort((preference(problem), values, unit_numbers(problem.cells)))
+    return order[problem.cells.offsets[:-1]]
