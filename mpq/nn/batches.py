@@ -50,11 +50,12 @@ def output_tensor(output: Any) -> torch.Tensor:
     """Return the tensor a model's output stands for: itself, `.logits`, or the first tensor."""
     if isinstance(output, torch.Tensor):
         return output
-    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    if isinstance(named.get("logits"), torch.Tensor):
-        return torch.as_tensor(named["logits"])
-    parts = output.values() if isinstance(output, Mapping) else output
-    for part in parts if isinstance(parts, Sequence) else list(parts):
+    named = isinstance(output, Mapping)
+    logits = output.get("logits") if named else getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    parts = output.values() if named else output
+    for part in parts if named or isinstance(parts, Sequence) else ():
         if isinstance(part, torch.Tensor):
             return part
     raise InvalidInputError("output", f"no tensor in the output of type {type(output).__name__}")

@@ -4,7 +4,7 @@ For outputs z of the original and z' of the quantized network the divergence of 
 
     kl      mean over positions of KL(softmax z || softmax z')
     cosine  mean over positions of 1 - cos(z, z')
-    mse     mean over elements of (z - z')^2
+    mse     mean over positions and features of (z - z')^2
 
 To second order each is 1/2 |S^T dh|^2 with h = head(z) and a known S (kl: S S^T = diag p - p p^T
 at each position), which is what the response sketch probes with random signs.
@@ -23,20 +23,26 @@ _SMALL = 2**24  # elements
 
 
 def detect(output: torch.Tensor) -> Kind:
-    """Return "cosine" for outputs of unit length (embeddings), "kl" for anything else."""
+    """Return "mse" for single numbers, "cosine" for unit vectors (embeddings), else "kl"."""
+    if output.ndim < 2 or output.shape[1 if output.ndim == 4 else -1] == 1:
+        return "mse"  # the softmax of one class is always 1
     norms = output.detach().float().norm(dim=-1)
-    unit = output.shape[-1] > 1 and bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-3))
-    return "cosine" if unit else "kl"
+    return "cosine" if torch.allclose(norms, torch.ones_like(norms), atol=1e-3) else "kl"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputDivergence:
-    """One of the three divergences; classes are on axis 1 of image maps, else on the last."""
+    """One of the three divergences; classes are on axis 1 of image maps, else on the last.
+
+    A mask (samples, positions) tells which positions are real; the others count for nothing.
+    """
 
     kind: Kind
 
     def head(self, output: torch.Tensor) -> torch.Tensor:
         """Return the differentiable h(z): normalised for cosine, classes last for kl."""
+        if output.ndim == 1:
+            return output.unsqueeze(-1)
         if self.kind == "cosine":
             return F.normalize(output, dim=-1)
         if self.kind == "kl" and output.ndim == 4:
@@ -54,8 +60,8 @@ class OutputDivergence:
         wide = torch.float64 if original.numel() <= _SMALL else torch.float32
         reference, changed = self.head(original.to(wide)), self.head(output.to(wide))
         if self.kind == "mse":
-            return (reference - changed).square().flatten(1).mean(1)
-        if self.kind == "cosine":
+            at_position = (reference - changed).square().mean(-1)
+        elif self.kind == "cosine":
             at_position = 0.5 * (reference - changed).square().sum(-1)  # = 1 - cos, without
         else:  # the cancellation of 1 - cos
             log_p, log_q = reference.log_softmax(-1), changed.log_softmax(-1)
@@ -69,14 +75,14 @@ class OutputDivergence:
 
         E_r (S r)(S r)^T = S S^T, so 1/2 E_r <S r, dh>^2 is the divergence to second order.
         """
+        weights = self._position_weights(head[..., 0], mask).sqrt().unsqueeze(-1)
         if self.kind == "mse":
-            return torch.mul(signs, (2.0 / head[0].numel()) ** 0.5)
-        weights = self._position_weights(head[..., 0], mask).sqrt()
+            return torch.mul(signs * weights, (2.0 / head.shape[-1]) ** 0.5)
         if self.kind == "cosine":
-            return signs * weights.unsqueeze(-1)
+            return signs * weights
         root = head.softmax(-1).sqrt()
         projected = signs - root * (root * signs).sum(-1, keepdim=True)
-        return root * projected * weights.unsqueeze(-1)
+        return root * projected * weights
 
     @staticmethod
     def _per_sample(positions: torch.Tensor) -> torch.Tensor:

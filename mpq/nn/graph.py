@@ -102,6 +102,11 @@ def _trace(
 
     def record(name: LayerName) -> RemovableHandle:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not args:
+                raise InvalidInputError(
+                    "keyword_call",
+                    f"layer {name!r} gets its input as a keyword argument: pass it by position",
+                )
             trace = traces[name]
             if trace.order < 0:
                 trace.order = len(first_calls)
@@ -124,13 +129,17 @@ def _trace(
 
 
 def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
-    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
-        spread = float((first - second).abs().max())
-        warnings.warn(
-            f"the model is not deterministic: two passes over the same sample differ by up to "
-            f"{spread:.3g}; scores will carry that noise",
-            stacklevel=4,
-        )
+    if torch.equal(first.nan_to_num(), second.nan_to_num()):
+        return
+    if first.shape == second.shape:
+        found = f"differ by up to {float((first - second).abs().max()):.3g}"
+    else:
+        found = f"have shapes {list(first.shape)} and {list(second.shape)}"
+    warnings.warn(
+        f"the model is not deterministic: the outputs of two passes over the same sample "
+        f"{found}; scores will carry that noise",
+        stacklevel=4,
+    )
 
 
 def _layer(name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[int, str]) -> Layer:
@@ -261,8 +270,9 @@ def _refuse_quantized(model: nn.Module) -> None:
         for name, p in model.named_parameters()
         if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor)
     ]
+    integer += [n for n, m in model.named_modules() if "quantized" in type(m).__module__.split(".")]
     if method or integer:
-        found = f"quantization_config {method}" if method else f"parameter {integer[0]!r}"
+        found = f"quantization_config {method}" if method else f"{integer[0]!r}"
         raise InvalidInputError(
             "already_quantized",
             f"the model is already quantized ({found}): give the original floating-point model",
