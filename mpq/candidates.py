@@ -16,11 +16,12 @@ from solvers import get_solver
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """An allocation that meets every budget, and why it is worth measuring."""
+    """An allocation that is worth measuring; a uniform one may break a budget."""
 
     name: str
     solution: Solution
     predicted: float
+    fits: bool
 
     @property
     def allocation(self) -> Allocation:
@@ -43,7 +44,7 @@ def predicted_loss(interactions: Floats, problem: Problem, allocation: Allocatio
 
 
 def propose(problem: Problem, solver: str = "auto") -> list[Proposal]:
-    """Return the additive optimum, the best with pairs, and every uniform scheme that fits.
+    """Return the additive optimum, the best with pairs, and every uniform scheme.
 
     A named solver gives its own answer instead of the first two. Raises InfeasibleError where
     no allocation meets the budgets, RunFailedError where a solver found none in its time.
@@ -62,13 +63,13 @@ def propose(problem: Problem, solver: str = "auto") -> list[Proposal]:
         label = "additive" if name == "ilp" else name
         proposals.append((label, solution))
     for scheme, allocation in problem.uniform().items():
-        if problem.fits(allocation):
-            proposals.append((f"uniform {scheme}", as_solution(problem, allocation)))
+        proposals.append((f"uniform {scheme}", as_solution(problem, allocation)))
     return [
         Proposal(
             name=name,
             solution=solution,
             predicted=predicted_loss(interactions, problem, solution.allocation),
+            fits=problem.fits(solution.allocation),
         )
         for name, solution in proposals
         if solution.allocation is not None
@@ -89,8 +90,9 @@ def as_solution(problem: Problem, allocation: Allocation) -> Solution:
 
 
 def best(proposals: Sequence[Proposal], measured: Mapping[str, Evaluation]) -> Proposal:
-    """Return the proposal that measured best on calibration data, the first of equals.
+    """Return the fitting proposal that measured best on calibration data, the first of equals.
 
-    Uniform schemes are among the proposals, so nothing worse than one of them is ever returned.
+    Uniform schemes are among them, so nothing worse than one that fits is ever returned.
     """
-    return min(proposals, key=lambda proposal: measured[proposal.name].mean)
+    fitting = [proposal for proposal in proposals if proposal.fits]
+    return min(fitting, key=lambda proposal: measured[proposal.name].mean)

@@ -224,11 +224,15 @@ def _choose(
         ]
     )
     for proposal in proposals:
-        store.put_solution(run_id, proposal.name, proposal.solution)
+        if proposal.fits:
+            store.put_solution(run_id, proposal.name, proposal.solution)
     chosen = best(proposals, evaluations)
     store.put_solution(run_id, CHOSEN, chosen.solution)
     store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
-    store.log(run_id, "chosen", f"{chosen.name} measured best of {len(proposals)} on calibration")
+    fitting = [proposal.name for proposal in proposals if proposal.fits]
+    store.log(
+        run_id, "chosen", f"{chosen.name} measured best on calibration of {', '.join(fitting)}"
+    )
     return chosen
 
 

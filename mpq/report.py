@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from mpq.core.evaluation import Evaluation
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Frontier, Problem, Solution
 from mpq.core.quantities import quantity
 from mpq.core.tables import CostTable
 from mpq.result import SearchResult
 from mpq.store.store import Store
+from mpq.tables import in_order
 
 _SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J": (1e-3, "mJ")}
 # Blue to yellow: tells bits apart without red and green, and in print.
@@ -31,7 +33,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         record=record,
         solution=result.solution,
         budgets=_budget_rows(result.problem, result.solution),
-        evaluations=result.evaluation,
+        evaluations=[(e, _fits(result, e)) for e in in_order(result.evaluation)],
         graph=result.graph,
         coverage=f"{result.graph.coverage:.1%}",
         size=quantity(result.graph.native_bytes, "bytes"),
@@ -43,6 +45,11 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
     )
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _fits(result: SearchResult, evaluation: Evaluation) -> bool:
+    problem = result.problem.with_budgets(result.solution.budgets)
+    return bool(evaluation.allocation) and problem.fits(evaluation.allocation)
 
 
 def _plots(result: SearchResult) -> list[dict[str, str]]:

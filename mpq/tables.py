@@ -36,7 +36,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     solution = dict(store.solutions(run_id))[CHOSEN]
     console.print(_units_table(store.graph(run_id), problem, solution.allocation))
     console.print(_budget_table(problem, solution))
-    console.print(_measured_table(store.evaluations(run_id)))
+    evaluations = store.evaluations(run_id)
+    console.print(_measured_table(problem.with_budgets(solution.budgets), evaluations))
     for line in view["notes"]:
         console.print(f"[dim]{line}[/]", highlight=False)
 
@@ -171,16 +172,22 @@ def _budget_table(problem: Problem, solution: Solution) -> Table:
     return table
 
 
-def _measured_table(evaluations: Sequence[Evaluation]) -> Table:
+def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return evaluations by split, the chosen allocation first, then the best."""
+    return sorted(evaluations, key=lambda e: (e.split, e.candidate != CHOSEN, e.mean))
+
+
+def _measured_table(problem: Problem, evaluations: Sequence[Evaluation]) -> Table:
     kind = evaluations[0].divergence if evaluations else "divergence"
-    table = Table("measured on", "candidate", box=None, header_style="bold")
+    table = Table("measured on", "candidate", "fits", box=None, header_style="bold")
     for column in (f"{kind} to original", "±", "predicted", "bytes written", "predicted bytes"):
         table.add_column(column, justify="right")
     table.add_column("metrics")
-    for e in evaluations:
+    for e in in_order(evaluations):
         table.add_row(
             e.split.replace("_", "-"),
             f"[bold]{e.candidate}[/]" if e.candidate == CHOSEN else e.candidate,
+            "yes" if e.allocation and problem.fits(e.allocation) else "no",
             f"{e.mean:.5f}",
             f"{e.stderr:.5f}",
             f"{e.predicted:.5f}" if e.predicted is not None else "-",
