@@ -72,7 +72,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered, errors, halves = [], [], []
     for seed in range(200):
         found = FakeMachine(seed, noise=0.08).measure(
-            inner=1, budget_s=0.25, min_rounds=36, drift_sd=0.0, target=1e-9, seed=seed
+            inner=0, budget_s=0.25, min_rounds=36, drift_sd=0.0, target=1e-9, seed=seed
         )
         for name, seconds in DURATIONS_S.items():
             errors.append(math.log(found[name].median_s / seconds))
@@ -126,7 +126,7 @@ def test_kernels_stay_comparable_when_the_speed_jumps_in_the_middle() -> None:
 
 def test_a_noisy_machine_uses_the_whole_budget_and_is_marked() -> None:
     machine = FakeMachine(1, noise=0.6)
-    found = machine.measure(budget_s=1.0, inner=1)
+    found = machine.measure(budget_s=1.0, inner=0)
     assert all(latency.noisy for latency in found.values())
     assert 1.0 <= machine.now_s < 1.1
     assert all(half_width(latency) > 0.03 for latency in found.values())
@@ -142,7 +142,7 @@ def test_a_disturbance_that_only_adds_is_left_out_by_the_fastest_of_several_runs
 
 def test_kernels_longer_than_the_budget_still_get_the_least_rounds() -> None:
     machine = FakeMachine(2, noise=0.01)
-    watch = Stopwatch(clock=machine.clock, budget_s=1.0, inner=1)
+    watch = Stopwatch(clock=machine.clock, budget_s=1.0, inner=0)
     (found,) = watch.measure([machine.op("huge", 5.0)], machine.op("r", 1e-3), "d")
     assert found.rounds == LEAST_ROUNDS
     assert found.low_s < 5.0 < found.high_s
@@ -150,7 +150,7 @@ def test_kernels_longer_than_the_budget_still_get_the_least_rounds() -> None:
 
 def test_rounds_interleave_all_kernels_with_the_reference_on_both_sides() -> None:
     machine = FakeMachine(0)
-    machine.measure(budget_s=0.2, inner=1)
+    machine.measure(budget_s=0.2, inner=0)
     rounds = machine.runs[2 * 4 :]  # after the warm-up
     per_round = [rounds[i : i + 5] for i in range(0, len(rounds), 5)]
     assert all(r[0] == r[-1] == "reference" and set(r[1:-1]) == set(DURATIONS_S) for r in per_round)
@@ -187,7 +187,7 @@ def test_garbage_collection_comes_back_after_an_error() -> None:
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("settings", [{"inner": 0}, {"budget_s": 0.0}, {"target": -1.0}])
+@pytest.mark.parametrize("settings", [{"inner": -1}, {"budget_s": 0.0}, {"target": -1.0}])
 def test_settings_that_cannot_work_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(InvalidInputError, match="inner >= 1"):
+    with pytest.raises(InvalidInputError, match="inner >= 0"):
         Stopwatch(**settings)  # type: ignore[arg-type]

@@ -40,9 +40,9 @@ def kernel_for(layer: Layer, scheme: Scheme) -> KernelCase | None:
     signed ones meet unsigned activations in a 16-bit saturating multiply-add on x86 without
     VNNI, and are wrong by up to half of the output.
     int2, int4, int8 in groups of 16 to 256 (2 bits: 32 to 128) with fp32 activations:
-    MatMulNBits with accuracy_level=4, which itself rounds the activations to int8 in blocks of the group size
-    (its error is that of an 8-bit activation, a few 1e-3 of the output's range); embeddings
-    run GatherBlockQuantized.
+    MatMulNBits with accuracy_level=4, which itself rounds the activations to int8 in blocks of
+    the group size (its error is that of an 8-bit activation, a few 1e-3 of the output's range);
+    embeddings run GatherBlockQuantized.
     """
     found = _decide(layer, scheme)
     return found if isinstance(found, KernelCase) else None

@@ -19,9 +19,8 @@ from mpq.core.layers import Layer
 
 _RUN_S = 1e-3  # wanted length of a run: far above its overhead, below a scheduler's time slice
 _MACS_PER_S = 40e9  # only to guess how many copies make such a run
-_MOST_COPIES = 8
-_COLD_BYTES = 64e6  # twice a large last-level cache; more copies of a weight make nothing colder
-_SESSIONS = 5
+_MOST_WEIGHTS = 12  # as a network has other layers between two uses of a weight
+_MOST_BYTES = 64e6  # twice a large last-level cache: more weights make nothing colder
 
 _REFERENCE = Layer(
     name="reference",
@@ -43,8 +42,9 @@ class OnnxRuntime:
     A run is one session call on a graph with several copies of the kernel, each with its own
     weights, so that the overhead of a session call (some microseconds, which a layer inside a
     network does not have) is shared; what is left of it, under half a microsecond a kernel,
-    is not subtracted. Runs rotate over sessions, each with weights of its own: as in a network,
-    a weight was last used long ago. Inputs and outputs stay in place.
+    is not subtracted. Runs rotate over sessions, each with weights of its own, up to twelve
+    weights or 64 MB in all: a weight comes again after as much other work as in a network.
+    Inputs and outputs stay in place, as the layer before and after would have them.
     """
 
     def __init__(self, *, num_threads: int = 1, seed: int = 0) -> None:
@@ -64,9 +64,10 @@ class OnnxRuntime:
         if case is None:
             raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
         copies = _copies(layer)
-        stored = copies * layer.num_weights * scheme.weights.bits / 8
-        sessions = max(1, min(_SESSIONS, math.ceil(_COLD_BYTES / max(stored, 1))))
-        return Op(case, self._rotating(layer, scheme, copies, sessions), copies)
+        stored = max(1.0, layer.num_weights * scheme.weights.bits / 8)
+        weights = min(_MOST_WEIGHTS, math.ceil(_MOST_BYTES / stored))
+        sessions = math.ceil(weights / copies)
+        return Op(case, self._rotating(layer, scheme, copies, sessions), copies, sessions)
 
     def reference(self) -> Op:
         """Return the kernel that others are compared with: a small fp32 product."""
@@ -128,5 +129,5 @@ def _copies(layer: Layer) -> int:
     """Return how often a run executes the kernel: the same for all schemes of a layer."""
     guess_s = layer.macs / max(layer.calls, 1) / _MACS_PER_S
     wanted = round(_RUN_S / max(guess_s, 1e-9))
-    affordable = int(_COLD_BYTES / max(4 * layer.num_weights, 1))
-    return max(1, min(wanted, affordable, _MOST_COPIES))
+    affordable = int(_MOST_BYTES / max(4 * layer.num_weights, 1))
+    return max(1, min(wanted, affordable, _MOST_WEIGHTS))

@@ -19,11 +19,15 @@ LEAST_ROUNDS = 6
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One kernel to time: `run()` executes it `runs` times on weights that are not in cache."""
+    """One kernel to time: `run()` executes it `runs` times, each time on other weights.
+
+    After `rotation` runs the same weights come again, as in a network that is used again.
+    """
 
     case: KernelCase
     run: Callable[[], object]
     runs: int = 1
+    rotation: int = 1
 
 
 @contextmanager
@@ -41,15 +45,17 @@ def _no_garbage_collection() -> Iterator[None]:
 class Stopwatch:
     """Interleaved rounds over all kernels, each beside a reference kernel.
 
-    A round times every kernel once, in random order, between two timings of the reference; one
-    timing is the fastest of `inner` runs, because whatever else the machine does only adds.
+    A round times every kernel once, in random order, between two timings of the reference. One
+    timing is the fastest of a whole rotation and `inner` further runs: the rotation brings the
+    weights where they are in steady use (a cache if all fit there, memory if not), and whatever
+    else the machine does only adds. So times are those of an otherwise idle machine.
     Rounds go on until there are `min_rounds`, a quarter of `budget_s` has passed (a short
     measurement sees no drift) and every interval is within `target` of its median, or until
     `budget_s` is used and there are LEAST_ROUNDS. All kernels share all rounds: they are compared
     at the same moments. `clock` counts nanoseconds.
     """
 
-    inner: int = 5
+    inner: int = 4
     min_rounds: int = 24
     target: float = 0.03
     budget_s: float = 60.0
@@ -58,10 +64,10 @@ class Stopwatch:
     clock: Callable[[], int] = time.perf_counter_ns
 
     def __post_init__(self) -> None:
-        if self.inner < 1 or not self.budget_s > 0 or not self.target > 0:
+        if self.inner < 0 or not self.budget_s > 0 or not self.target > 0:
             raise InvalidInputError(
                 "stopwatch",
-                "a stopwatch needs inner >= 1, budget_s > 0 and target > 0, got "
+                "a stopwatch needs inner >= 0, budget_s > 0 and target > 0, got "
                 f"{self.inner}, {self.budget_s} and {self.target}",
             )
 
@@ -83,7 +89,7 @@ class Stopwatch:
         rows: list[list[float]] = []
         reference_s: list[float] = []
         for op in (reference, *ops):
-            for _ in range(2 * self.inner):  # warm-up: first runs allocate and pack
+            for _ in range(2 * op.rotation):  # warm-up: first runs allocate
                 op.run()
         next_look = self.min_rounds
         with _no_garbage_collection():
@@ -122,7 +128,7 @@ class Stopwatch:
 
     def _fastest(self, op: Op) -> float:
         best = float("inf")
-        for _ in range(self.inner):
+        for _ in range(op.rotation + self.inner):
             start = self.clock()
             op.run()
             best = min(best, self.clock() - start)
