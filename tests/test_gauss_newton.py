@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
 from mpq.nn.batches import Batch
 from mpq.nn.divergence import Kind, OutputDivergence
@@ -19,6 +20,7 @@ from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.workload import Workload
 from sensitivity.gauss_newton import GaussNewton
+from sensitivity.responses import responses_of_batch
 
 SCHEMES = tuple(map(parse_scheme, ("int2", "int4g2a", "int3:int4", "fp32")))
 
@@ -254,3 +256,55 @@ def test_same_seed_same_numbers_and_keys_follow_the_inputs() -> None:
     with torch.no_grad():
         next(iter(model.parameters()))[0] += 1e-3
     assert key != metric.tasks(make_workload(model, batch))[0].key
+
+
+def test_around_a_quantized_network_the_slopes_are_those_of_the_divergence() -> None:
+    """Compare g of a tiny change of each layer with a finite difference of the divergence."""
+    torch.manual_seed(0)
+    model = small_cnn().double()
+    batch = torch.randn(2, 2, 4, 4).double()
+    near = (parse_scheme("int3"), parse_scheme("int8t"), parse_scheme("int8"))
+    workload = make_workload(model, [batch], schemes=near)
+    base = Allocation(dict.fromkeys(workload.cells.units, near[2]))
+    found = responses_of_batch(workload, 0, base)
+    with torch.no_grad():
+        original = model(batch)
+
+        def divergence(allocation: Allocation) -> torch.Tensor:
+            with quantized(model, workload.layer_schemes(allocation)):
+                return workload.divergence.between(original, model(batch))
+
+        for number, (unit, scheme) in enumerate(workload.cells):
+            if scheme == near[2]:
+                assert not found.g[number].any()
+                assert not found.u[number].any()
+            elif scheme == near[1]:
+                moved = divergence(Allocation({**base, unit: scheme})) - divergence(base)
+                curved = 0.5 * np.square(found.u[number]).mean(axis=1)
+                np.testing.assert_allclose(
+                    found.g[number] + curved, moved.numpy(), atol=3 * curved.max() + 1e-9
+                )
+
+
+@pytest.mark.parametrize("positions", [1, 20])
+def test_weight_gradients_and_replays_give_the_same_inner_products(positions: int) -> None:
+    from sensitivity.responses import _Change
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    workload = make_workload(model, [torch.randn(3, positions, 6)], "mse")
+    layer = workload.graph.layers[0]
+    change = _Change(workload, layer, model[0], SCHEMES, None)
+    inputs, gradient = torch.randn(3, positions, 6), torch.randn(2, 3, positions, 5)
+    changed = [0, 1]
+    ghost = change._ghost(inputs, gradient, 3, changed)
+    for place, i in enumerate(changed):
+        delta = nn.functional.linear(inputs, change._stored[i] - layer_weight(model))
+        slow = torch.einsum("knto,nto->nk", gradient, delta)
+        torch.testing.assert_close(ghost[place], slow, rtol=1e-4, atol=1e-5)
+
+
+def layer_weight(model: nn.Sequential) -> torch.Tensor:
+    weight = model[0].weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()

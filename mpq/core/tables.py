@@ -278,11 +278,13 @@ class Responses:
 
     `vectors[c, n, k]` is u_c of sample n and probe k, so that the predicted loss of a whole
     allocation is 1/2 mean_nk (sum_u u[a(u), n, k])^2: squares are the additive scores, cross
-    products tell which units cancel and which reinforce each other.
+    products tell which units cancel and which reinforce each other. Around an already quantized
+    network each cell also has a `linear` term, which is added.
     """
 
     cells: Cells
     vectors: npt.NDArray[np.float32]  # (num_cells, num_samples, num_probes)
+    linear: Floats | None = None  # (num_cells,); None: zero, as around the original network
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3 or len(self.vectors) != len(self.cells):
@@ -297,17 +299,24 @@ class Responses:
                 f"responses of {_named(self.cells, bad)} hold NaN or infinity",
             )
         self.vectors.setflags(write=False)
+        if self.linear is not None:
+            object.__setattr__(self, "linear", checked("responses", self.cells, self.linear))
 
     def restrict(self, cells: Cells, numbers: Indices) -> Responses:
         """Return the responses of fewer cells (see `Cells.restrict`)."""
-        return Responses(cells=cells, vectors=self.vectors[numbers])
+        linear = None if self.linear is None else self.linear[numbers]
+        return Responses(cells=cells, vectors=self.vectors[numbers], linear=linear)
 
     def own_scores(self) -> tuple[Floats, Floats]:
-        """Return each cell's own score 1/2 mean u^2 and its standard error over samples."""
+        """Return each own score, linear + 1/2 mean u^2, and the standard error of the square.
+
+        The error is over samples.
+        """
         per_sample = 0.5 * np.square(self.vectors, dtype=np.float64).mean(axis=2)
         samples = per_sample.shape[1]
         spread = per_sample.std(axis=1, ddof=1) if samples > 1 else np.zeros(len(per_sample))
-        return per_sample.mean(axis=1), spread / np.sqrt(samples)
+        linear = 0.0 if self.linear is None else self.linear
+        return per_sample.mean(axis=1) + linear, spread / np.sqrt(samples)
 
     def interactions(self) -> Floats:
         """Return G with G[i, j] = 1/2 mean_nk u_i u_j, off-diagonals shrunk by their own error.
@@ -333,4 +342,6 @@ class Responses:
             keep = np.zeros_like(mean)  # one sample carries no error estimate: stay additive
         np.fill_diagonal(keep, 1.0)
         shrunk: Floats = mean * keep
+        if self.linear is not None:  # x^2 = x for a one-hot x: linear terms lie on the diagonal
+            shrunk[np.diag_indices(num_cells)] += self.linear
         return shrunk
