@@ -26,8 +26,9 @@ from mpq.intake import Given, graph_of, load, make_workload
 from mpq.nn.shipping import ship
 from mpq.nn.workload import Workload
 from mpq.progress import Bars, Progress, Silent
+from mpq.refine import Relinearise, refine
 from mpq.result import CHOSEN, SearchResult
-from mpq.scoring import score, search_ranges
+from mpq.scoring import relinearise, score, search_ranges
 from mpq.store.store import Store, open_store
 from solvers import solve
 from workers import get_executor
@@ -55,6 +56,7 @@ def search(
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     num_probes: int = 2,
+    refine_steps: int = 4,
     seed: int = 0,
     storage: str | Store | None = None,
     name: str = "",
@@ -102,6 +104,7 @@ def search(
         num_workers=num_workers,
         seed=seed,
         num_probes=num_probes,
+        refine=refine_steps,
     )
     given = load(model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate)
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
@@ -156,7 +159,8 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
             if scores.responses is not None:
                 store.put_responses(run_id, scores.responses)
             measured = partial(_measure, executor, setup, store, run_id, progress)
-            chosen = _choose(problem, spec, measured, store, run_id)
+            around = partial(relinearise, workload, executor, setup, store, progress)
+            chosen = _choose(problem, spec, measured, around, store, run_id)
             _compare(chosen, problem, workload, measured, store, run_id)
         _weigh(chosen, workload, store, run_id)
         store.set_state(run_id, RunState.SUCCEEDED)
@@ -211,18 +215,28 @@ def _measure(
 
 
 def _choose(
-    problem: Problem, spec: JobSpec, measured: Measure, store: Store, run_id: str
+    problem: Problem,
+    spec: JobSpec,
+    measured: Measure,
+    around: Relinearise,
+    store: Store,
+    run_id: str,
 ) -> Proposal:
     """Return the proposal that is best on calibration data; it becomes the chosen solution."""
     proposals = propose(problem, spec.solver)
-    evaluations = measured(
-        [
-            Candidate(
-                name=p.name, split="calibration", allocation=p.allocation, predicted=p.predicted
-            )
-            for p in proposals
-        ]
-    )
+    evaluations = measured([_on_calibration(proposal) for proposal in proposals])
+    if spec.solver == "auto" and spec.refine:
+        first = best(proposals, evaluations)
+        for proposal, evaluation in refine(
+            problem,
+            first,
+            evaluations[first.name],
+            around,
+            lambda p: measured([_on_calibration(p)])[p.name],
+            spec.refine,
+        ):
+            proposals.append(proposal)
+            evaluations[proposal.name] = evaluation
     for proposal in proposals:
         if proposal.fits:
             store.put_solution(run_id, proposal.name, proposal.solution)
@@ -234,6 +248,15 @@ def _choose(
         run_id, "chosen", f"{chosen.name} measured best on calibration of {', '.join(fitting)}"
     )
     return chosen
+
+
+def _on_calibration(proposal: Proposal) -> Candidate:
+    return Candidate(
+        name=proposal.name,
+        split="calibration",
+        allocation=proposal.allocation,
+        predicted=proposal.predicted,
+    )
 
 
 def _compare(

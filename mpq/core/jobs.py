@@ -20,7 +20,9 @@ class JobSpec:
     return lists of batches; `sample` one batch of the shape that will be served (default: the
     first calibration sample alone), which MACs and latency are for. `evaluate(model)` returns
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
-    `skip` and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
+    improve the best measured allocation (0: none). `skip` and the keys of `pin` are layer names
+    or shell patterns; `groups` adds units.
     """
 
     version: Literal[1] = 1
@@ -45,6 +47,7 @@ class JobSpec:
     num_workers: int | None = None
     seed: int = 0
     num_probes: int = 2
+    refine: int = 4
 
 
 class RunState(enum.StrEnum):

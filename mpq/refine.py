@@ -1,0 +1,88 @@
+"""Fourth stage: improve the best measured allocation by linearising around it again.
+
+Around the original network the second-order model fails at low bits. Around the quantized network
+the divergence of a nearby allocation is its slope plus its curvature (sensitivity.responses); the
+solver minimises both within a trust region on the number of units that change, the result is
+measured, and only what measures better is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from mpq.candidates import Proposal
+from mpq.core.evaluation import Evaluation
+from mpq.core.problem import Allocation, Budget, Problem
+from mpq.core.tables import CostTable, Responses, SensitivityTable
+from solvers import get_solver
+
+Relinearise = Callable[[Allocation], Responses]
+MeasureOne = Callable[[Proposal], Evaluation]
+_CHANGES = "changed units"
+
+
+def refine(
+    problem: Problem,
+    start: Proposal,
+    measured: Evaluation,
+    relinearise: Relinearise,
+    measure: MeasureOne,
+    steps: int,
+) -> list[tuple[Proposal, Evaluation]]:
+    """Return what at most `steps` steps tried, in order, with its measurement.
+
+    Each step costs one measurement, and after a success one new linearisation. The trust region
+    begins at a third of the units and is halved by a failure; a step that the model itself does
+    not expect to help ends the refinement.
+    """
+    best, best_measured = start, measured
+    responses: Responses | None = None
+    region = math.ceil(len(problem.cells.units) / 3)
+    tried: list[tuple[Proposal, Evaluation]] = []
+    while len(tried) < steps and region >= 1:
+        if responses is None:
+            responses = relinearise(best.allocation)
+        nearby = _nearby(problem, best.allocation, responses, region)
+        solution = get_solver("pairs").solve(nearby)
+        if solution.allocation is None or not solution.score < 0:
+            break
+        proposal = Proposal(
+            name=f"refined {len(tried) + 1}",
+            solution=replace(
+                solution,
+                budgets=problem.budgets,
+                totals=problem.totals(solution.allocation.choice(problem.cells)),
+            ),
+            predicted=best_measured.mean + solution.score,
+            fits=problem.fits(solution.allocation),
+        )
+        evaluation = measure(proposal)
+        tried.append((proposal, evaluation))
+        if evaluation.mean < best_measured.mean:
+            best, best_measured, responses = proposal, evaluation, None
+        else:
+            region //= 2
+    return tried
+
+
+def _nearby(problem: Problem, base: Allocation, responses: Responses, region: int) -> Problem:
+    """Return the problem of changing at most `region` units of `base`."""
+    values, stderr = responses.own_scores()
+    changed = np.ones(len(problem.cells))
+    changed[base.choice(problem.cells)] = 0.0
+    costs = {
+        **problem.costs,
+        _CHANGES: CostTable.exact(_CHANGES, "units", problem.cells, changed),
+    }
+    return Problem(
+        sensitivity=SensitivityTable(
+            metric="relinearised", cells=problem.cells, values=values, stderr=stderr
+        ),
+        costs=costs,
+        budgets=(*problem.budgets, Budget(_CHANGES, float(region))),
+        responses=responses,
+    )
