@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hw_cost_models.measured.capability import default_schemes, kernel_for, why_no_kernel
+from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.onnxruntime import OnnxRuntime
 from hw_cost_models.measured.protocol import Stopwatch
-from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.latency import KernelCase, KernelLatency
 from mpq.core.layers import Layer, LayerGraph, UnitName
@@ -42,7 +42,7 @@ class MeasuredLatency:
 
     `known` holds times that are not measured again if they are of this device; `save` gets each
     new one as soon as it is there. `budget_s` bounds the time of one table's measurement,
-    `progress` gets its share in [0, 1]. `latencies` holds what the last table was made of.
+    `progress` gets its share in [0, 1]. `latencies` holds every time that is known by now.
     """
 
     name = "latency"
@@ -58,7 +58,8 @@ class MeasuredLatency:
         progress: Callable[[float], None] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.backend = OnnxRuntime(num_threads=num_threads, seed=seed)
+        self.device = device_fingerprint(num_threads)  # what every time here belongs to
+        self._num_threads, self._seed = num_threads, seed
         self.latencies: dict[KernelCase, KernelLatency] = {
             case: latency
             for case, latency in (known or {}).items()
@@ -67,11 +68,6 @@ class MeasuredLatency:
         self._save = save
         self._progress = progress
         self._stopwatch = stopwatch or Stopwatch(budget_s=budget_s, seed=seed)
-
-    @property
-    def device(self) -> str:
-        """The fingerprint that every time of this object belongs to."""
-        return self.backend.device
 
     def choices(self, graph: LayerGraph, schemes: Sequence[Scheme] | None = None) -> Runnable:
         """Return which of `schemes` each unit can run here, and the rest with reasons.
@@ -112,10 +108,13 @@ class MeasuredLatency:
         ]
         native = [(la, _NATIVE) for la in (*outside, *(x for ls in units.values() for x in ls))]
         in_cells = [(layer, scheme) for unit, scheme in cells for layer in units[unit]]
-        self._measure([*native, *in_cells])
-        sums = np.array([self._sum(units[unit], scheme) for unit, scheme in cells])
-        fixed = self._sum(outside, _NATIVE)[0]
-        searched_s = sum(self._sum(layers, _NATIVE)[0] for layers in units.values())
+        backend = OnnxRuntime(
+            num_threads=self._num_threads, network_weights=_size(graph), seed=self._seed
+        )
+        self._measure(backend, [*native, *in_cells])
+        sums = np.array([self._sum(backend, units[unit], scheme) for unit, scheme in cells])
+        fixed = self._sum(backend, outside, _NATIVE)[0]
+        searched_s = sum(self._sum(backend, layers, _NATIVE)[0] for layers in units.values())
         return CostTable(
             name=self.name,
             unit="s",
@@ -129,17 +128,19 @@ class MeasuredLatency:
             provenance=f"measured on {self.device}",
         )
 
-    def _sum(self, layers: Sequence[Layer], scheme: Scheme) -> tuple[float, float, float]:
-        parts = [(self.latencies[_case(layer, scheme)], layer.calls) for layer in layers]
+    def _sum(
+        self, backend: OnnxRuntime, layers: Sequence[Layer], scheme: Scheme
+    ) -> tuple[float, float, float]:
+        parts = [(self.latencies[backend.case(layer, scheme)], layer.calls) for layer in layers]
         return (
             sum(calls * latency.median_s for latency, calls in parts),
             sum(calls * latency.low_s for latency, calls in parts),
             sum(calls * latency.high_s for latency, calls in parts),
         )
 
-    def _measure(self, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
+    def _measure(self, backend: OnnxRuntime, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
         """Time each kernel that has no time yet, once; all schemes of a shape side by side."""
-        cases = {_case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
+        cases = {backend.case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
         new = sorted(cases.keys() - self.latencies.keys(), key=lambda c: (c.shape, c.kernel))
         for start in range(0, len(new), _TOGETHER):
             part = new[start : start + _TOGETHER]
@@ -151,8 +152,8 @@ class MeasuredLatency:
 
             stopwatch = replace(self._stopwatch, budget_s=self._stopwatch.budget_s * share)
             measured = stopwatch.measure(
-                [self.backend.op(*cases[case]) for case in part],
-                self.backend.reference(),
+                [backend.op(*cases[case]) for case in part],
+                backend.reference(),
                 self.device,
                 progress,
             )
@@ -167,8 +168,7 @@ def _layers_by_unit(graph: LayerGraph) -> dict[UnitName, tuple[Layer, ...]]:
     return {unit.name: tuple(named[name] for name in unit.layers) for unit in graph.units}
 
 
-def _case(layer: Layer, scheme: Scheme) -> KernelCase:
-    case = kernel_for(layer, scheme)
-    if case is None:
-        raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
-    return case
+def _size(graph: LayerGraph) -> int:
+    """Return the weights that one pass reads; of an embedding it reads a few rows only."""
+    read = (layer for layer in graph.layers if layer.calls and layer.kind != "embedding")
+    return sum({layer.weight_id: layer.num_weights for layer in read}.values())

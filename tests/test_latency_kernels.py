@@ -343,13 +343,42 @@ def test_cases_name_all_that_changes_the_time() -> None:
     assert kernel_for(WORDS, parse_scheme("fp32")).shape == "embedding 12 of 50x64"
 
 
-@pytest.mark.parametrize("text", ["fp32", "int8:int8", "int4g32"])
-def test_an_op_runs_and_counts_its_kernels(text: str) -> None:
-    op = OnnxRuntime(num_threads=2).op(LINEAR, parse_scheme(text))
-    assert op.case == kernel_for(LINEAR, parse_scheme(text))
-    assert (op.runs, op.rotation) == (12, 1)
-    for _ in range(12):  # more than once around all sessions
+@pytest.mark.parametrize(
+    ("text", "network_weights", "weights"),
+    [
+        ("fp32", 1, 12),  # never fewer than the copies of a run
+        ("int8:int8", 32 * 96 * 256, 43),  # 2^20 weights: as many of these as the network holds
+        ("int4g32", 2**40, 128),
+    ],
+)
+def test_an_op_rotates_over_the_weights_of_a_network(
+    text: str, network_weights: int, weights: int
+) -> None:
+    backend = OnnxRuntime(network_weights=network_weights)
+    op = backend.op(LINEAR, parse_scheme(text))
+    assert op.case == backend.case(LINEAR, parse_scheme(text))
+    assert op.runs == 12
+    assert op.rotation == -(-weights // 12)
+    for _ in range(op.rotation + 1):
         op.run()
+
+
+def test_the_size_of_the_network_is_part_of_the_case() -> None:
+    scheme = parse_scheme("fp32")
+    shapes = [
+        OnnxRuntime(network_weights=weights).case(LINEAR, scheme).shape
+        for weights in (10_600_000, 8_000_000, 270_000, 2**31)
+    ]
+    assert shapes == [
+        f"linear 9x256->96 in a network of {size} weights"
+        for size in ("8Mi", "8Mi", "256Ki", "1Gi")
+    ]
+
+
+def test_huge_weights_are_not_copied() -> None:
+    scheme = parse_scheme("int8:int8")
+    op = OnnxRuntime().op(layer_of("linear", (4096, 4096), (1, 4096)), scheme)
+    assert (op.runs, op.rotation) == (1, 1)  # 2^23 weights in all
 
 
 def test_threads_are_part_of_the_device() -> None:

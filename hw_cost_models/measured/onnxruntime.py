@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from hw_cost_models.measured.operands import Float32
 from hw_cost_models.measured.protocol import Op
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
+from mpq.core.latency import KernelCase
 from mpq.core.layers import Layer
 
+_MACS_PER_S = 40e9  # only to guess how long a kernel takes
 _RUN_S = 1e-3  # wanted length of a run: far above its overhead, below a scheduler's time slice
-_MACS_PER_S = 40e9  # only to guess how many copies make such a run
-_MOST_WEIGHTS = 12  # as a network has other layers between two uses of a weight
+_MOST_COPIES = 12  # in a run
+_ROTATION_S = 30e-3  # a kernel so long that few fit in here is not waiting for memory
+_MOST_WEIGHTS = 128
 _MOST_BYTES = 64e6  # twice a large last-level cache: more weights make nothing colder
 
 _REFERENCE = Layer(
@@ -42,36 +46,56 @@ class OnnxRuntime:
     A run is one session call on a graph with several copies of the kernel, each with its own
     weights, so that the overhead of a session call (some microseconds, which a layer inside a
     network does not have) is shared; what is left of it, under half a microsecond a kernel,
-    is not subtracted. Runs rotate over sessions, each with weights of its own, up to twelve
-    weights or 64 MB in all: a weight comes again after as much other work as in a network.
-    Inputs and outputs stay in place, as the layer before and after would have them.
+    is not subtracted. Runs rotate over sessions with weights of their own, as many as take the
+    bytes of a network of `network_weights` weights in the same scheme (at most 64 MB, 128
+    weights or some 30 ms): so a weight is found in the cache or in memory as it would be in that
+    network, when it runs again and again. The size counts in powers of two and is a part of the
+    case. Inputs and outputs stay in place, as the layer before and after would have them.
     """
 
-    def __init__(self, *, num_threads: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, *, num_threads: int = 1, network_weights: int = 2**23, seed: int = 0
+    ) -> None:
         if num_threads < 1:
             raise InvalidInputError("threads", f"threads are counted from 1, got {num_threads}")
         self.num_threads = num_threads
         self.device = device_fingerprint(num_threads)
+        self._network_log2 = min(round(math.log2(max(network_weights, 1))), 30)
         self._seed = seed
 
-    def op(self, layer: Layer, scheme: Scheme) -> Op:
-        """Return the kernel of a layer in a scheme, ready to run.
+    def case(self, layer: Layer, scheme: Scheme) -> KernelCase:
+        """Return what is timed for a layer in a scheme.
 
-        Memory: up to 64 MB of weights, or one copy. Raises InvalidInputError where there is no
-        kernel.
+        Raises InvalidInputError (`no_kernel`) where nothing real runs it.
         """
         case = kernel_for(layer, scheme)
         if case is None:
             raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
-        copies = _copies(layer)
-        stored = max(1.0, layer.num_weights * scheme.weights.bits / 8)
-        weights = min(_MOST_WEIGHTS, math.ceil(_MOST_BYTES / stored))
+        thousands, rest = divmod(self._network_log2, 10)
+        size = f"{2**rest}{('', 'Ki', 'Mi', 'Gi')[thousands]}"
+        return replace(case, shape=f"{case.shape} in a network of {size} weights")
+
+    def op(self, layer: Layer, scheme: Scheme) -> Op:
+        """Return the kernel of a layer in a scheme, ready to run.
+
+        Memory: up to 64 MB of weights, or one weight. Raises InvalidInputError (`no_kernel`).
+        """
+        case = self.case(layer, scheme)
+        guess_s = max(layer.macs / max(layer.calls, 1) / _MACS_PER_S, 1e-9)
+        # The same for all schemes of a layer, so that none has more of the overhead.
+        affordable = int(_MOST_BYTES / max(4 * layer.num_weights, 1))
+        copies = max(1, min(round(_RUN_S / guess_s), affordable, _MOST_COPIES))
+        stored = max(layer.num_weights * scheme.weights.bits / 8, 1.0)
+        network = 2**self._network_log2 * scheme.weights.bits / 8
+        weights = math.ceil(min(_MOST_BYTES, network) / stored)
+        weights = min(weights, _MOST_WEIGHTS, math.ceil(_ROTATION_S / guess_s))
         sessions = math.ceil(weights / copies)
         return Op(case, self._rotating(layer, scheme, copies, sessions), copies, sessions)
 
     def reference(self) -> Op:
         """Return the kernel that others are compared with: a small fp32 product."""
-        return self.op(_REFERENCE, Scheme(FP32))
+        small = OnnxRuntime(num_threads=self.num_threads, network_weights=2**20, seed=self._seed)
+        return small.op(_REFERENCE, Scheme(FP32))
 
     def _rotating(
         self, layer: Layer, scheme: Scheme, copies: int, sessions: int
@@ -123,11 +147,3 @@ def session_options(num_threads: int) -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _copies(layer: Layer) -> int:
-    """Return how often a run executes the kernel: the same for all schemes of a layer."""
-    guess_s = layer.macs / max(layer.calls, 1) / _MACS_PER_S
-    wanted = round(_RUN_S / max(guess_s, 1e-9))
-    affordable = int(_MOST_BYTES / max(4 * layer.num_weights, 1))
-    return max(1, min(wanted, affordable, _MOST_WEIGHTS))
