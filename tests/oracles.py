@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mpq.core.formats import Format, PerGroup, PerTensor
+from mpq.core.problem import Problem
 
 # --- formats ---------------------------------------------------------------------------------
 
@@ -67,4 +74,94 @@ def slow_interactions(vectors: np.ndarray, shrunk: bool = True) -> np.ndarray:
                     variance = sum((x - mean) ** 2 for x in of_sample) / (samples - 1)
                     keep = max(0.0, 1 - variance / samples / mean**2)
             found[i, j] = mean * keep
+    return found
+
+
+# --- solvers ---------------------------------------------------------------------------------
+
+
+def every_choice(problem: Problem) -> Iterator[np.ndarray]:
+    """Yield every way to take one cell of each unit."""
+    offsets = problem.cells.offsets
+    ranges = [range(a, b) for a, b in itertools.pairwise(offsets.tolist())]
+    for choice in itertools.product(*ranges):
+        yield np.array(choice, np.int64)
+
+
+def brute_force(
+    problem: Problem, score: Callable[[Problem, np.ndarray], float] = Problem.score
+) -> float | None:
+    """Return the least score of all choices that meet every budget, None where none does."""
+    fits = (
+        choice
+        for choice in every_choice(problem)
+        if all(problem.total(b.cost, choice) <= b.limit for b in problem.budgets)
+    )
+    return min((score(problem, choice) for choice in fits), default=None)
+
+
+def fast_brute_force(problem: Problem) -> float | None:
+    """Return the same for the additive score: sums by numpy, near ties and limits by fsum."""
+    offsets = problem.cells.offsets
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        total = np.zeros(1)
+        for a, b in itertools.pairwise(offsets.tolist()):
+            total = np.add.outer(total, values[a:b]).ravel()
+        return total
+
+    score = sums(problem.sensitivity.values)
+    alive = np.ones(len(score), bool)
+    unsure = np.zeros(len(score), bool)
+    for budget in problem.budgets:
+        table = problem.costs[budget.cost]
+        total = table.fixed + sums(table.values)
+        alive &= total <= budget.limit * (1 + 1e-9)
+        unsure |= abs(total - budget.limit) <= 1e-9 * budget.limit
+    sizes = tuple(np.diff(offsets))
+    for place in sorted(np.flatnonzero(alive), key=lambda p: score[p]):
+        choice = offsets[:-1] + np.array(np.unravel_index(place, sizes), np.int64)
+        if not unsure[place] or all(
+            problem.total(b.cost, choice) <= b.limit for b in problem.budgets
+        ):
+            return problem.score(choice)
+    return None
+
+
+# --- networks --------------------------------------------------------------------------------
+
+
+def traced_macs(layer: nn.Module, inputs: torch.Tensor) -> int:
+    """Count the multiply-accumulates of one call as torch's own operation counter does."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def hooked_macs(model: nn.Module, sample: object) -> dict[str, int]:
+    """Add up `traced_macs` over every call of every layer with a matrix, embeddings 0."""
+    calls: list[tuple[str, torch.Tensor]] = []
+    layers = {n: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None}
+    layers = {n: m for n, m in layers.items() if m.weight.ndim > 1}
+    handles = [
+        module.register_forward_hook(lambda _, args, __, name=name: calls.append((name, args[0])))
+        for name, module in layers.items()
+    ]
+    model.eval()(**sample) if isinstance(sample, dict) else model.eval()(sample)
+    for handle in handles:
+        handle.remove()
+    counted = dict.fromkeys(layers, 0)
+    for name, inputs in calls:
+        counted[name] += traced_macs(layers[name], inputs)
+    return counted
+
+
+def stored_tensors(model: nn.Module) -> dict[str, int]:
+    """Return the bytes of everything a checkpoint holds, by its first name; tied tensors once."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.numel() * tensor.element_size()
     return found
