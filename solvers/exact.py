@@ -11,12 +11,12 @@ import numpy as np
 
 from mpq.core.problem import Budget, Problem
 from mpq.core.tables import Floats, Indices
-from solvers.knapsack import Knapsack, Mask, cheapest, fitting, preference, tightest
+from solvers.knapsack import Knapsack, cheapest, fitting, preference, tightest
 from solvers.milp import SCALE, TOLERANCE, Answer, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
 
-_MAX_EXCLUDED = 30  # choices that break a budget by less than the solver can see
+_MAX_EXCLUDED = 100  # choices that break a budget by less than the solver can see
 _LARGE = 300  # entries from which on a small core is solved first
 _CORE = 60  # entries of that core beyond one per unit
 
@@ -62,12 +62,13 @@ class _Search:
         free = cheapest(self.problem, self.values)
         if self._fits(free):
             return Least(choice=free, bound=self._value(free), proven=True)
-        knapsack = fitting(self.problem, self.values, self.limits)
-        if knapsack is None:
-            return Least(choice=None, bound=math.inf, proven=True)
-        knapsack = self._part(knapsack, knapsack.undominated(preference(self.problem)))
-        relaxed = relax(knapsack)
-        if relaxed is None:
+        everything = np.arange(len(self.problem.cells))
+        knapsack = self._part(everything)
+        if knapsack is not None:
+            best_of_unit = knapsack.undominated(preference(self.problem))
+            knapsack = self._part(knapsack.cells[best_of_unit])
+        relaxed = None if knapsack is None else relax(knapsack)
+        if knapsack is None or relaxed is None:
             return Least(choice=None, bound=math.inf, proven=True)
         rounded = round_to_fit(knapsack, relaxed)
         if rounded is not None:
@@ -76,9 +77,11 @@ class _Search:
 
     def _decide(self, whole: Knapsack, relaxed: Relaxation) -> Least:
         """Rule cells out by the best choice so far, solve the rest, repeat while that helps."""
-        lower = whole.base + relaxed.bound
+        lower = whole.base + max(0.0, relaxed.bound)
         if len(self._undecided(whole, relaxed).cells) > _LARGE:
-            self._solve(self._core(whole, relaxed), share=0.25)
+            core = self._core(whole, relaxed)
+            if core is not None:
+                self._solve(core, share=0.25)
         while True:
             rest = self._undecided(whole, relaxed)
             before = self.best
@@ -90,26 +93,30 @@ class _Search:
                 return self._answer(lower, proven=True)
             # Small on the scale that the solver saw: look again on the scale of the answer.
             loss = self._value(self.best) - rest.base
-            if loss * SCALE > rest.objective.max():
+            closer = relax(rest) if loss * SCALE <= rest.objective.max() else None
+            if closer is None:
                 return self._answer(lower, proven=True)
+            whole, relaxed = rest, closer
 
     def _undecided(self, whole: Knapsack, relaxed: Relaxation) -> Knapsack:
         if self.best is None:
             return whole
-        most = (self._value(self.best) - whole.base) * (1 + 1e-10)
+        value = self._value(self.best)
+        rounding = 4 * np.spacing(max(abs(value), abs(whole.base)))
+        most = (value - whole.base) * (1 + 1e-10) + rounding
         keep = (whole.objective <= most) & (relaxed.bound + relaxed.reduced <= most)
         keep |= np.isin(whole.cells, self.best)
-        return self._part(whole, keep)
+        return self._part(whole.cells[keep]) or whole
 
-    def _core(self, whole: Knapsack, relaxed: Relaxation) -> Knapsack:
+    def _core(self, whole: Knapsack, relaxed: Relaxation) -> Knapsack | None:
         """Return the part in which a very good choice is likely: the entries nearest to even."""
         nearest = np.argsort(relaxed.reduced, kind="stable")[: len(whole.starts) - 1 + _CORE]
         keep = relaxed.shares > 1e-9
         keep[nearest] = True
-        return self._part(whole, keep)
+        return self._part(whole.cells[keep])
 
-    def _part(self, whole: Knapsack, keep: Mask) -> Knapsack:
-        return Knapsack.of(self.problem, self.values, self.limits, whole.cells[keep])
+    def _part(self, kept: Indices) -> Knapsack | None:
+        return fitting(self.problem, self.values, self.limits, kept)
 
     def _solve(self, rest: Knapsack, *, share: float = 1.0) -> Answer:
         """Solve, cutting off choices that fit only within the solver's tolerance.
@@ -120,6 +127,7 @@ class _Search:
         deadline = start + share * (self.deadline - start)
         free, settled = rest.split()
         if not len(free.cells):
+            self._offer(settled, free, free.cells)
             return Answer(choice=None, bound=0.0, complete=True)
         excluded: list[Indices] = []
         while True:

@@ -93,12 +93,13 @@ class Knapsack:
         return smaller, self.cells[~free]
 
 
-def fitting(problem: Problem, values: Floats, limits: Mapping[str, float]) -> Knapsack | None:
-    """Return the knapsack of the cells that fit beside the least of all other units.
+def fitting(
+    problem: Problem, values: Floats, limits: Mapping[str, float], kept: Indices
+) -> Knapsack | None:
+    """Return the knapsack of those of the `kept` cells that fit beside the least of all others.
 
-    None where some unit has no such cell: then nothing fits.
+    No weight in it exceeds its slack. None where some unit has no such cell: nothing fits.
     """
-    kept = np.arange(len(problem.cells))
     while True:
         knapsack = Knapsack.of(problem, values, limits, kept)
         fits = np.all(knapsack.weights <= knapsack.slack[:, None], axis=0)

@@ -65,23 +65,27 @@ def branch_and_cut(
         ones = [1.0] * num_units
         constrain(row(choice, ones), pulp.LpConstraintLE, f"cut{c}", num_units - 1.0)
 
-    program.solve(
-        pulp.HiGHS(
-            msg=False,
-            gapRel=0.0,
-            gapAbs=0.0,  # the default of 1e-6 would stop early
-            threads=1,
-            timeLimit=max(0.01, time_limit_s),
-            random_seed=0,
-            mip_feasibility_tolerance=TOLERANCE,
-            # Half the time of small programs, for what the caller has done already:
-            mip_heuristic_run_feasibility_jump=False,
-            mip_allow_restart=False,
-        )
-    )
-    highs = program.solverModel
-    status, outcome = highs.getModelStatus(), highs.getInfo()
     ended = highspy.HighsModelStatus
+    for presolve in ("on", "off"):  # its postsolve is known to end in a violated row, seldom
+        program.solve(
+            pulp.HiGHS(
+                msg=False,
+                gapRel=0.0,
+                gapAbs=0.0,  # the default of 1e-6 would stop early
+                threads=1,
+                timeLimit=max(0.01, time_limit_s),
+                random_seed=0,
+                mip_feasibility_tolerance=TOLERANCE,
+                # Half the time of small programs, for what the caller has done already:
+                mip_heuristic_run_feasibility_jump=False,
+                mip_allow_restart=False,
+                presolve=presolve,
+            )
+        )
+        status = program.solverModel.getModelStatus()
+        if status != ended.kSolveError:
+            break
+    outcome = program.solverModel.getInfo()
     if status in (ended.kInfeasible, ended.kUnboundedOrInfeasible):
         return Answer(choice=None, bound=float("inf"), complete=True)
     if status not in (ended.kOptimal, ended.kTimeLimit, ended.kInterrupt):

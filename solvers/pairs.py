@@ -55,7 +55,8 @@ class Pairs:
                 infeasibility=reason,
             )
         choice = additive.choice
-        knapsack = fitting(problem, np.diagonal(interactions), tightest(problem.budgets))
+        limits, everything = tightest(problem.budgets), np.arange(len(problem.cells))
+        knapsack = fitting(problem, np.diagonal(interactions), limits, everything)
         if knapsack is not None and len(choice):
             choice = _Descents(problem, interactions, knapsack).best(
                 choice, num_starts=self.num_starts, num_kicks=self.num_kicks, seed=self.seed

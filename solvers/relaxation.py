@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from mpq.core.errors import RunFailedError
 from mpq.core.tables import Floats
 from solvers.knapsack import Knapsack
 
+_ROUNDING = 1e-14  # of a sum of a few products of positive numbers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxation:
@@ -17,8 +20,9 @@ class Relaxation:
 
     `shares[i]` is the fraction of entry i in the relaxed optimum, `prices[k]` >= 0 what a unit
     of weight k is worth. `bound` = sum_u min_i (objective + prices . weights) - prices . slack
-    holds for any prices (Lagrange), whatever the solver's tolerances; a choice that takes entry
-    i is worth at least `bound + reduced[i]`.
+    holds for any prices (Lagrange), whatever the solver's tolerances, but is below zero for bad
+    ones; a choice that takes entry i is worth at least `bound + reduced[i]`. Both are lowered
+    by what rounding could add.
     """
 
     shares: Floats
@@ -64,9 +68,10 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
     prices = duals * row_scale * (unit_value / 1e3)
     priced = knapsack.objective + prices @ knapsack.weights
     least = np.minimum.reduceat(priced, knapsack.starts[:-1])
+    spent = float(prices @ knapsack.slack)
     return Relaxation(
         shares=np.asarray(solution.col_value),
         prices=prices,
-        reduced=priced - least[knapsack.units],
-        bound=max(0.0, float(least.sum() - prices @ knapsack.slack)),
+        reduced=priced - least[knapsack.units] - _ROUNDING * priced,
+        bound=math.fsum([*least, -spent]) - _ROUNDING * (float(least.sum()) + spent),
     )
