@@ -225,19 +225,19 @@ class _Change:
         only_weights = [i for i, scheme in enumerate(self._choices) if self._same_inputs(scheme)]
         changed = [i for i in only_weights if self._stored[i] is not self._weight]
         seen = self._seen(inputs, self._base)
-        if self._ghost_is_cheaper(seen, gradient, samples, len(changed)):
+        if not changed:
+            pass
+        elif self._ghost_is_cheaper(seen, gradient, samples, len(changed)):
             found[changed] = self._ghost(seen, gradient, samples, changed).float()
         else:
-            for i in changed:  # linear in the weight: one replay of its change
-                change = replay(self._module, seen, self._stored[i] - self._weight, None)
-                found[i] = _per_sample(gradient, change, samples)
+            found[changed] = _inner(gradient, self._replayed(seen, changed), samples)
         others = [i for i in range(len(self._choices)) if i not in only_weights]
         if others:
             before = replay(self._module, seen, self._weight, None)
             for i in others:
                 inputs_seen = self._seen(inputs, self._choices[i])
                 after = replay(self._module, inputs_seen, self._stored[i], None)
-                found[i] = _per_sample(gradient, after - before, samples)
+                found[i] = _inner(gradient, (after - before).unsqueeze(0), samples)[0]
         return found
 
     def _same_inputs(self, scheme: Scheme) -> bool:
@@ -249,6 +249,22 @@ class _Change:
         if scheme is None:
             return inputs
         return fake_quantize_activation(inputs, scheme.activations, self._limit)
+
+    def _replayed(self, inputs: torch.Tensor, changed: list[int]) -> torch.Tensor:
+        """Return the change of the output for each change of the weight, in which it is linear."""
+        deltas = [self._stored[i] - self._weight for i in changed]
+        if not self._has_free_channels():
+            return torch.stack([replay(self._module, inputs, delta, None) for delta in deltas])
+        together = replay(self._module, inputs, torch.cat(deltas), None)  # one larger call
+        if isinstance(self._module, nn.Linear):
+            return together.unflatten(-1, (len(deltas), -1)).movedim(-2, 0)
+        return together.unflatten(1, (len(deltas), -1)).movedim(1, 0)
+
+    def _has_free_channels(self) -> bool:
+        """Tell whether output channels are independent, so that more can be added."""
+        if isinstance(self._module, nn.Conv1d | nn.Conv2d):
+            return self._module.groups == 1
+        return isinstance(self._module, nn.Linear)
 
     def _ghost_is_cheaper(
         self, inputs: torch.Tensor, gradient: torch.Tensor, samples: int, choices: int
@@ -275,7 +291,8 @@ class _Change:
         return torch.cat(parts, dim=1).permute(2, 1, 0)
 
 
-def _per_sample(gradient: torch.Tensor, change: torch.Tensor, samples: int) -> torch.Tensor:
-    """Return <gradient_k, change> of each sample as (samples, K)."""
-    product = (gradient * change).reshape(len(gradient), samples, -1)
-    return product.sum(-1).T.float()
+def _inner(gradient: torch.Tensor, changes: torch.Tensor, samples: int) -> torch.Tensor:
+    """Return <gradient_k, change_c> of each sample as (choices, samples, K)."""
+    g = gradient.reshape(len(gradient), samples, -1).permute(1, 2, 0)
+    c = changes.reshape(len(changes), samples, -1).transpose(0, 1)
+    return torch.bmm(c, g).transpose(0, 1).float()
