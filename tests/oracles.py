@@ -165,3 +165,77 @@ def stored_tensors(model: nn.Module) -> dict[str, int]:
             seen.add(id(tensor))
             found[name] = tensor.numel() * tensor.element_size()
     return found
+
+
+# --- quantizers ------------------------------------------------------------------------------
+
+
+def slow_rows(weight: np.ndarray, fmt: Format, channel_axis: int) -> list[list[tuple[int, ...]]]:
+    """Return the places of the weights that share a scale, one list for each scale."""
+    rows: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    counters: dict[int, int] = {}
+    order = sorted(np.ndindex(*weight.shape), key=lambda place: (place[channel_axis], place))
+    for place in order:
+        channel = place[channel_axis]
+        count = counters.get(channel, 0)
+        counters[channel] = count + 1
+        match fmt.granularity:
+            case PerTensor():
+                key = (0, 0)
+            case PerGroup(size):
+                key = (channel, count // size)
+            case _:
+                key = (channel, 0)
+        rows.setdefault(key, []).append(place)
+    return list(rows.values())
+
+
+def half(scale: np.float32) -> np.float32:
+    """Round a scale as it is stored: IEEE half, at least its smallest number."""
+    return np.float32(np.float16(min(max(scale, np.float32(2.0**-24)), np.float32(65504))))
+
+
+def slow_row(
+    values: list[np.float32], fmt: Format, factor: float = 1.0
+) -> tuple[list[int], np.float32, int, list[np.float32]]:
+    """Return codes, scale, zero point and read-back values of the weights of one scale."""
+    one = np.float32(factor)
+    if fmt.symmetric:
+        top = 2 ** (fmt.bits - 1) - 1
+        scale = half(max(abs(v) for v in values) * one / np.float32(max(top, 1)))
+        if fmt.bits == 1:
+            codes = [0 if v >= 0 else -1 for v in values]
+            return codes, scale, 0, [np.float32(c + 0.5) * scale for c in codes]
+        codes = [int(min(max(round(float(v / scale)), -top - 1), top)) for v in values]
+        return codes, scale, 0, [np.float32(c) * scale for c in codes]
+    steps = 2**fmt.bits - 1
+    low, high = np.float32(min(*values, 0.0)) * one, np.float32(max(*values, 0.0)) * one
+    scale = half((high - low) / np.float32(steps))
+    zero = int(min(max(round(float(-low / scale)), 0), steps))
+    codes = [int(min(max(round(float(v / scale + np.float32(zero))), 0), steps)) for v in values]
+    return codes, scale, zero, [np.float32(c - zero) * scale for c in codes]
+
+
+def slow_quantize(
+    weight: np.ndarray, fmt: Format, channel_axis: int = 0
+) -> tuple[np.ndarray, list[np.float32], list[int]]:
+    """Return the read-back weight, and the scale and zero point of each row."""
+    back = np.zeros_like(weight)
+    scales, zeros = [], []
+    for places in slow_rows(weight, fmt, channel_axis):
+        _, scale, zero, values = slow_row([weight[p] for p in places], fmt)
+        scales.append(scale)
+        zeros.append(zero)
+        for place, value in zip(places, values, strict=True):
+            back[place] = value
+    return back, scales, zeros
+
+
+def fine_clip_error(values: list[np.float32], fmt: Format, factors: np.ndarray) -> float:
+    """Return the least squared error of one row over all factors of its range."""
+
+    def error(factor: float) -> float:
+        back = slow_row(values, fmt, factor)[3]
+        return sum((float(v) - float(b)) ** 2 for v, b in zip(values, back, strict=True))
+
+    return min(error(float(factor)) for factor in factors)
