@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, MpqError
 
 Batch = Any  # a tensor, a tuple or list, or a mapping such as transformers' BatchEncoding
 _TARGETS = ("labels", "label", "targets", "target")
@@ -44,6 +44,28 @@ def call(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Run the model on a batch and return its output tensor (logits where it names them)."""
     args, kwargs = arguments(model, batch)
     return output_tensor(model(*args, **kwargs))
+
+
+def checked_call(model: nn.Module, batch: Batch, where: str) -> torch.Tensor:
+    """Return `call(model, batch)`; a failure is one line that names the batch and its shapes."""
+    try:
+        output = call(model, batch)
+    except MpqError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise InvalidInputError(
+            "batch_mismatch",
+            f"the model cannot run {where} ({describe(batch)}): {lines[0]}; forward takes "
+            f"{inspect.signature(model.forward)}",
+        ) from error
+    if not torch.isfinite(output).all():
+        raise InvalidInputError(
+            "output_not_finite",
+            f"the model's output on {where} ({describe(batch)}) is not finite: check the batch "
+            f"and the weights",
+        )
+    return output
 
 
 def output_tensor(output: Any) -> torch.Tensor:

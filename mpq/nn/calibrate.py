@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mpq.core.layers import LayerGraph, LayerName
-from mpq.nn.batches import Batch, call
+from mpq.nn.batches import Batch, checked_call
 from mpq.nn.patch import Limits, evaluating
 
 
@@ -42,8 +42,8 @@ def _min_max(model: nn.Module, names: Iterable[LayerName], batches: Sequence[Bat
     handles = [hook(name) for name in names]
     try:
         with evaluating(model), torch.no_grad():
-            for batch in batches if handles else ():
-                call(model, batch)
+            for number, batch in enumerate(batches if handles else ()):
+                checked_call(model, batch, f"calibration batch {number}")
     finally:
         for handle in handles:
             handle.remove()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unsearched
 from mpq.core.patterns import matching
 from mpq.nn.batches import Batch, call, describe
@@ -138,6 +138,7 @@ def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
     warnings.warn(
         f"the model is not deterministic: the outputs of two passes over the same sample "
         f"{found}; scores will carry that noise",
+        MpqWarning,
         stacklevel=4,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,20 +27,27 @@ class ShippedWorkload:
 
     def unpack(self) -> Workload:
         """Return a workload over the shared bytes; its weights must not be written to."""
-        contents = iter(self.contents)
-        _replace_tensors(self.skeleton.model, lambda empty: _filled(empty, next(contents)))
-        return self.skeleton
+        model = self.skeleton.model
+        memo = {
+            id(empty): _filled(empty, content)
+            for empty, content in zip(_tensors(model), self.contents, strict=True)
+        }
+        return replace(self.skeleton, model=copy.deepcopy(model, memo))
 
 
 def ship(workload: Workload) -> ShippedWorkload:
     """Take a workload apart; the original network is left as it was."""
-    tensors = [*workload.model.parameters(), *workload.model.buffers()]
+    tensors = _tensors(workload.model)
     memo = {id(tensor): _empty(tensor) for tensor in tensors}
     skeleton = copy.deepcopy(workload.model, memo)
     contents = tuple(
         tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors
     )
     return ShippedWorkload(replace(workload, model=skeleton), contents)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]  # tied ones once
 
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,13 +65,3 @@ def _filled(empty: torch.Tensor, content: npt.NDArray[np.uint8]) -> torch.Tensor
     if isinstance(empty, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=empty.requires_grad)
     return tensor
-
-
-def _replace_tensors(model: nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put `make(tensor)` in the place of every parameter and buffer, tied ones once."""
-    made = {id(t): make(t) for t in [*model.parameters(), *model.buffers()]}
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            for name, tensor in registry.items():
-                if tensor is not None:
-                    registry[name] = made[id(tensor)]  # type: ignore[assignment]

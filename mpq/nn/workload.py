@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
-from mpq.nn.batches import Batch, call, describe
+from mpq.nn.batches import Batch, checked_call
 from mpq.nn.divergence import OutputDivergence
 from mpq.nn.patch import Limits
 from mpq.nn.quantizers import WeightQuantizer
@@ -51,21 +50,5 @@ class Workload:
         return {layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers}
 
     def output(self, number: int, batch: Batch) -> torch.Tensor:
-        """Run the model on a calibration batch; errors name the batch and its shapes."""
-        try:
-            output = call(self.model, batch)
-        except InvalidInputError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InvalidInputError(
-                "batch_mismatch",
-                f"the model cannot run batch {number} ({describe(batch)}): {reason}",
-            ) from error
-        if not torch.isfinite(output).all():
-            raise InvalidInputError(
-                "output_not_finite",
-                f"the model's output on batch {number} ({describe(batch)}) is not finite: check "
-                f"the batch and the weights",
-            )
-        return output
+        """Run the model on calibration batch `number` or a part of it."""
+        return checked_call(self.model, batch, f"calibration batch {number}")
