@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.problem import Budget, Problem
 from mpq.core.tables import Cells, CostTable, SensitivityTable
+from mpq.nn.divergence import OutputDivergence
+from mpq.nn.graph import build_graph
+from mpq.nn.workload import Workload
 
 
 def schemes(*texts: str) -> tuple[Scheme, ...]:
@@ -147,3 +150,23 @@ def case(name: str) -> tuple[nn.Module, object]:
 
 
 CASES = ("mlp", "conv", "decoder", "untied", "recurrent", "half")
+
+
+def workload(
+    model: nn.Module,
+    batches: Sequence[object],
+    texts: tuple[str, ...] = ("int4", "int8:int8"),
+    **changes: object,
+) -> Workload:
+    """Put a network and its batches together, every unit free to take any of the schemes."""
+    graph = build_graph(model, batches[0])
+    names = tuple(unit.name for unit in graph.units)
+    given = {
+        "model": model,
+        "graph": graph,
+        "cells": Cells(units=names, schemes=(schemes(*texts),) * len(names)),
+        "calibration": tuple(batches),
+        "held_out": (),
+        "divergence": OutputDivergence("kl"),
+    }
+    return Workload(**(given | changes))  # type: ignore[arg-type]

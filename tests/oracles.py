@@ -239,3 +239,28 @@ def fine_clip_error(values: list[np.float32], fmt: Format, factors: np.ndarray) 
         return sum((float(v) - float(b)) ** 2 for v, b in zip(values, back, strict=True))
 
     return min(error(float(factor)) for factor in factors)
+
+
+# --- divergences -----------------------------------------------------------------------------
+
+
+def slow_divergence(
+    kind: str, original: np.ndarray, changed: np.ndarray, mask: np.ndarray | None = None
+) -> list[float]:
+    """Return the divergence of each sample, position by position; classes are last."""
+
+    def at(z: np.ndarray, other: np.ndarray) -> float:
+        if kind == "mse":
+            return float(np.mean((z - other) ** 2))
+        if kind == "cosine":
+            return 1 - float(z @ other / np.sqrt((z @ z) * (other @ other)))
+        p, q = np.exp(z) / np.exp(z).sum(), np.exp(other) / np.exp(other).sum()
+        return float(sum(p * np.log(p / q)))
+
+    found = []
+    for n in range(len(original)):
+        positions = [p for p in np.ndindex(*original.shape[1:-1]) if mask is None or mask[(n, *p)]]
+        found.append(
+            sum(at(original[(n, *p)], changed[(n, *p)]) for p in positions) / len(positions)
+        )
+    return found
