@@ -86,7 +86,7 @@ class _Told:
         limit, unit = self.limits[name], self.problem.costs[name].unit
         digits = 4
         while digits < 17 and need != limit:
-            if quantity(limit, unit, digits=digits) != quantity(need, unit, digits=digits, up=True):
+            if quantity(limit, unit, digits=digits) != quantity(need, unit, digits=digits):
                 break
             digits += 1
         amount = quantity(limit, unit, digits=digits)
