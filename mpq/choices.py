@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.patterns import matching
@@ -22,7 +22,9 @@ def parse_schemes(texts: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
     unique = tuple(dict.fromkeys(schemes))
     if len(unique) < len(schemes):
         twice = sorted({str(s) for s in schemes if schemes.count(s) > 1})
-        warnings.warn(f"schemes listed more than once: {', '.join(twice)}", stacklevel=2)
+        warnings.warn(
+            f"schemes listed more than once: {', '.join(twice)}", MpqWarning, stacklevel=2
+        )
     return unique
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
-from mpq.nn.batches import call, position_mask
+from mpq.nn.batches import call, checked_call, position_mask
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.shipping import ShippedWorkload
 from mpq.nn.workload import Workload
@@ -45,7 +45,10 @@ class Bench:
         if split not in self._references:
             model = self.workload.model
             with evaluating(model), torch.no_grad():
-                self._references[split] = [call(model, b) for b in self.batches(split)]
+                self._references[split] = [
+                    checked_call(model, batch, f"{split} batch {number}")
+                    for number, batch in enumerate(self.batches(split))
+                ]
         return self._references[split]
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from mpq.choices import make_cells
-from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.models import load_batches, load_function, load_model
-from mpq.nn.batches import Batch, arguments, check_batches, cut, describe, output_tensor
+from mpq.nn.batches import Batch, check_batches, checked_call, cut
 from mpq.nn.calibrate import input_limits
 from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest
@@ -61,30 +60,15 @@ def load(
 def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
     """Trace the network on the sample: the user's, or the first calibration sample alone."""
     sample = cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
-    _check_runs(given.model, sample)
+    _output(given.model, sample, "the sample")
     return build_graph(
         given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
     )
 
 
-def _check_runs(model: nn.Module, sample: Batch) -> torch.Tensor:
-    args, kwargs = arguments(model, sample)
-    try:
-        with evaluating(model), torch.no_grad():
-            return output_tensor(model(*args, **kwargs))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise InvalidInputError(
-            "batch_mismatch",
-            f"the model cannot run the sample ({describe(sample)}): {lines[0]}; forward takes "
-            f"{_signature(model)}",
-        ) from error
-
-
-def _signature(model: nn.Module) -> str:
-    import inspect
-
-    return str(inspect.signature(model.forward))
+def _output(model: nn.Module, batch: Batch, where: str) -> torch.Tensor:
+    with evaluating(model), torch.no_grad():
+        return checked_call(model, batch, where)
 
 
 def make_workload(
@@ -95,7 +79,7 @@ def make_workload(
 ) -> Workload:
     """Put model, data and choices together; the key covers all that scores depend on."""
     cells = make_cells(graph, schemes, spec.pin)
-    output = _check_runs(given.model, cut(given.calibration[0], 0, 1))
+    output = _output(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from mpq.candidates import Proposal, best, propose
-from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, RunFailedError
+from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
 from mpq.core.evaluation import Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
@@ -128,53 +129,76 @@ def run_job(
 
 def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> SearchResult:
     """Do every stage of a checked job; a failure is kept with the run and raised."""
-    budgets = [BudgetText.parse(text) for text in spec.budgets]
-    hardware = Hardware(spec, budgets, store, progress)
-    graph = graph_of(spec, given)
-    workload = make_workload(spec, given, graph, hardware.schemes)
-    run_id = store.create_run(spec, hardware.device)
-    store.set_state(run_id, RunState.RUNNING)
-    try:
-        store.put_graph(run_id, graph)
-        for reason in hardware.left_out:
-            store.log(run_id, "left out", reason)
-        costs = hardware.tables(graph, workload.cells)
-        for table in costs.values():
-            store.put_cost(run_id, table)
-        resolved = [budget.resolve(costs) for budget in budgets]
-        _refuse_infeasible(workload, costs, resolved)
-        with ExitStack() as stack:
-            executor = get_executor(spec.executor, spec.num_workers)
-            stack.callback(executor.close)
-            search_ranges(workload, progress)
-            setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
-            scores = score(workload, spec.metric, executor, setup, store, progress)
-            problem = Problem(
-                sensitivity=scores.sensitivity,
-                costs=costs,
-                budgets=tuple(resolved),
-                responses=scores.responses,
-            )
-            store.put_sensitivity(run_id, scores.sensitivity)
-            if scores.responses is not None:
-                store.put_responses(run_id, scores.responses)
-            measured = partial(_measure, executor, setup, store, run_id, progress)
-            around = partial(relinearise, workload, executor, setup, store, progress)
-            chosen = _choose(problem, spec, measured, around, store, run_id)
-            _compare(chosen, problem, workload, measured, store, run_id)
-        _weigh(chosen, workload, store, run_id)
-        store.set_state(run_id, RunState.SUCCEEDED)
-    except MpqError as error:
-        store.set_state(run_id, RunState.FAILED, error)
-        raise
-    except KeyboardInterrupt:
-        store.set_state(run_id, RunState.STOPPED)
-        raise
-    except Exception as error:
-        failure = RunFailedError("run_failed", f"{type(error).__name__}: {error}")
-        store.set_state(run_id, RunState.FAILED, failure)
-        raise
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", MpqWarning)
+        budgets = [BudgetText.parse(text) for text in spec.budgets]
+        hardware = Hardware(spec, budgets, store, progress)
+        graph = graph_of(spec, given)
+        workload = make_workload(spec, given, graph, hardware.schemes)
+        run_id = store.create_run(spec, hardware.device)
+        store.set_state(run_id, RunState.RUNNING)
+        try:
+            _stages(spec, budgets, hardware, workload, store, run_id, progress)
+            store.set_state(run_id, RunState.SUCCEEDED)
+        except MpqError as error:
+            store.set_state(run_id, RunState.FAILED, error)
+            raise
+        except KeyboardInterrupt:
+            store.set_state(run_id, RunState.STOPPED)
+            raise
+        except Exception as error:
+            failure = RunFailedError("run_failed", f"{type(error).__name__}: {error}")
+            store.set_state(run_id, RunState.FAILED, failure)
+            raise
+        finally:
+            for warning in caught:
+                if issubclass(warning.category, MpqWarning):
+                    store.log(run_id, "warning", str(warning.message))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return SearchResult(store, run_id)
+
+
+def _stages(
+    spec: JobSpec,
+    budgets: Sequence[BudgetText],
+    hardware: Hardware,
+    workload: Workload,
+    store: Store,
+    run_id: str,
+    progress: Progress,
+) -> None:
+    store.put_graph(run_id, workload.graph)
+    if workload.model.training:
+        store.log(run_id, "mode", "the model came in training mode; it was scored in eval mode")
+    for reason in hardware.left_out:
+        store.log(run_id, "left out", reason)
+    costs = hardware.tables(workload.graph, workload.cells)
+    for table in costs.values():
+        store.put_cost(run_id, table)
+    resolved = [budget.resolve(costs) for budget in budgets]
+    _refuse_infeasible(workload, costs, resolved)
+    _note_loose(costs, resolved, store, run_id)
+    with ExitStack() as stack:
+        executor = get_executor(spec.executor, spec.num_workers)
+        stack.callback(executor.close)
+        search_ranges(workload, progress)
+        setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
+        scores = score(workload, spec.metric, executor, setup, store, progress)
+        problem = Problem(
+            sensitivity=scores.sensitivity,
+            costs=costs,
+            budgets=tuple(resolved),
+            responses=scores.responses,
+        )
+        store.put_sensitivity(run_id, scores.sensitivity)
+        if scores.responses is not None:
+            store.put_responses(run_id, scores.responses)
+        measured = partial(_measure, executor, setup, store, run_id, progress)
+        around = partial(relinearise, workload, executor, setup, store, progress)
+        chosen = _choose(problem, spec, measured, around, store, run_id)
+        _compare(chosen, problem, workload, measured, store, run_id)
+    _weigh(chosen, workload, store, run_id)
 
 
 Measure = Callable[[Sequence[Candidate]], dict[str, Evaluation]]
@@ -194,6 +218,16 @@ def _refuse_infeasible(
     solution = solve(Problem(sensitivity=table, costs=costs, budgets=tuple(budgets)), "ilp")
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.message)
+
+
+def _note_loose(
+    costs: Mapping[str, CostTable], budgets: Sequence[Budget], store: Store, run_id: str
+) -> None:
+    for budget in budgets:
+        baseline = costs[budget.cost].baseline
+        if budget.limit >= baseline:
+            note = f"{budget.text}: not binding, the unquantized network has {baseline:.6g}"
+            store.log(run_id, "budget", note)
 
 
 def _measure(
@@ -267,7 +301,7 @@ def _compare(
     store: Store,
     run_id: str,
 ) -> None:
-    """Measure the chosen allocation and the uniform schemes that fit on held-out data."""
+    """Measure the chosen allocation and the best uniform scheme that fits on held-out data."""
     if not workload.held_out:
         store.log(run_id, "not checked", "no held-out batches were given")
         return
@@ -283,17 +317,17 @@ def _compare(
             name="unquantized", split="held_out", allocation=Allocation({}), with_metrics=True
         ),
     ]
-    fitting = [
-        (scheme, allocation)
+    evaluated = {e.candidate: e.mean for e in store.evaluations(run_id) if e.split == "calibration"}
+    fitting = {
+        f"uniform {scheme}": allocation
         for scheme, allocation in problem.uniform().items()
         if problem.fits(allocation)
-    ]
-    candidates += [
-        Candidate(
-            name=f"uniform {scheme}", split="held_out", allocation=allocation, with_metrics=True
+    }
+    if fitting:
+        name = min(fitting, key=lambda uniform: evaluated[uniform])
+        candidates.append(
+            Candidate(name=name, split="held_out", allocation=fitting[name], with_metrics=True)
         )
-        for scheme, allocation in fitting
-    ]
     measured(candidates)
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from mpq.core.errors import MpqWarning
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Executor, Partial, Scores, Task
 from mpq.core.tables import Responses
@@ -141,11 +142,13 @@ def _warn_about(scores: Scores) -> None:
         warnings.warn(
             "every sensitivity is zero: ties are broken towards cheaper schemes; check that the "
             "calibration batches differ and reach the output",
+            MpqWarning,
             stacklevel=3,
         )
     elif silent:
         warnings.warn(
             f"no effect on the output was seen for {len(silent)} units, so they count as free: "
             f"{', '.join(silent[:5])}",
+            MpqWarning,
             stacklevel=3,
         )

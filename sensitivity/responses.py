@@ -257,8 +257,9 @@ class _Change:
             return torch.stack([replay(self._module, inputs, delta, None) for delta in deltas])
         together = replay(self._module, inputs, torch.cat(deltas), None)  # one larger call
         if isinstance(self._module, nn.Linear):
-            return together.unflatten(-1, (len(deltas), -1)).movedim(-2, 0)
-        return together.unflatten(1, (len(deltas), -1)).movedim(1, 0)
+            return together.reshape(*together.shape[:-1], len(deltas), -1).movedim(-2, 0)
+        shape = (len(together), len(deltas), -1, *together.shape[2:])
+        return together.reshape(shape).movedim(1, 0)
 
     def _has_free_channels(self) -> bool:
         """Tell whether output channels are independent, so that more can be added."""

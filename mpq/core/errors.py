@@ -46,6 +46,10 @@ class StorageError(MpqError):
     exit_code = 4
 
 
+class MpqWarning(UserWarning):
+    """Something a user should know that does not stop the work; kept with the run."""
+
+
 def unknown(kind: str, given: object, known: Iterable[str]) -> InvalidInputError:
     """Return the error for a name that is not among `known`, with the nearest match."""
     names = sorted(known)
