@@ -124,6 +124,19 @@ def test_kernels_stay_comparable_when_the_speed_jumps_in_the_middle() -> None:
         assert ratio == pytest.approx(seconds / DURATIONS_S["slow"], rel=0.01)
 
 
+def test_kernels_that_wait_for_memory_get_wider_intervals() -> None:
+    machine = FakeMachine(0)
+    watch = Stopwatch(clock=machine.clock, budget_s=0.1, drift_sd=0.01, memory_drift_sd=0.05)
+    ops = [
+        Op(KernelCase("fake", str(share), ""), machine.op("x", 1e-3).run, read_s=share * 1e-3)
+        for share in (0.0, 0.5, 3.0)
+    ]
+    found = watch.measure(ops, machine.op("r", 1e-3), "d")
+    expected = [1.96 * math.hypot(0.01, 0.05 * share) for share in (0.0, 0.5, 1.0)]
+    assert [half_width(latency) for latency in found] == pytest.approx(expected, rel=1e-3)
+    assert [latency.noisy for latency in found] == [False, True, True]
+
+
 def test_a_noisy_machine_uses_the_whole_budget_and_is_marked() -> None:
     machine = FakeMachine(1, noise=0.6)
     found = machine.measure(budget_s=1.0, inner=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from mpq.core.tables import Floats, Indices
@@ -9,7 +11,6 @@ from mpq.core.tables import Floats, Indices
 Blocks = list[Indices]
 
 MOST_BLOCKS = 12
-DRIFT_SD = 0.0125
 # 97.5 % points of Student's t for 1 to 11 degrees of freedom.
 _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 _NORMAL = 1.960
@@ -18,38 +19,46 @@ _MEDIAN_TO_MEAN = 1.2533  # standard error of a median over that of a mean, norm
 _DRAWS = 200
 
 
-def estimate(
-    times: Floats, reference: Floats, *, seed: int = 0, drift_sd: float = DRIFT_SD
-) -> tuple[Floats, Floats]:
-    """Return the time of each kernel and the relative half-width of its 95 % interval.
+class Estimate(NamedTuple):
+    """Seconds of each kernel, and two half-widths of the 95 % interval of their logarithm."""
+
+    seconds: Floats
+    sampling: Floats
+    drift: Floats
+
+    def half_width(self, least_drift_sd: Floats | float = 0.0) -> Floats:
+        """Return both errors in quadrature, the drift with at least this standard deviation."""
+        half: Floats = np.hypot(self.sampling, np.maximum(self.drift, _NORMAL * least_drift_sd))
+        return half
+
+
+def estimate(times: Floats, reference: Floats, *, seed: int = 0) -> Estimate:
+    """Return the time of each kernel and what is uncertain about it.
 
     `times` is (rounds, kernels) and `reference` (rounds,), in seconds. The estimate is
     median over rounds (time / reference) * median over rounds (reference): ratios compare
     kernels at the same moment, so that two kernels stay comparable when the machine changes
     speed in the middle.
 
-    The half-width, of the logarithm, adds in quadrature
-    - sampling: Student's t times the standard deviation of the estimate when blocks of
-      successive rounds are drawn with replacement, ratio and reference together, so that slow
-      disturbances are not taken for independent ones;
-    - drift: 1.96 times what a median of a block varies beyond its own sampling error. It is not
-      divided by the number of blocks, because how long a drift lasts is unknown and the next
-      measurement may fall whole into another speed. It is at least `drift_sd`, the variation
-      between separate processes on an otherwise calm machine (memory placement, neighbours),
-      which no single process can see.
+    Sampling: Student's t times the standard deviation of the estimate when blocks of successive
+    rounds are drawn with replacement, ratio and reference together, so that slow disturbances
+    are not taken for independent ones. Drift: 1.96 times what the median of a block varies
+    beyond its own sampling error. It is not divided by the number of blocks, because how long a
+    drift lasts is unknown and the next measurement may fall whole into another speed.
     """
     rounds = len(times)
     blocks = np.array_split(np.arange(rounds), min(MOST_BLOCKS, rounds))
     columns = np.column_stack([times / reference[:, None], reference])
     middle = np.median(columns, axis=0)
-    values: Floats = middle[:-1] * middle[-1]
     draws = np.log(_redrawn_medians(columns, blocks, np.random.default_rng(seed)))
     # A bootstrap of k blocks underestimates the variance by (k - 1) / k.
     correction = np.sqrt(len(blocks) / (len(blocks) - 1))
-    sampling = (draws[:, :-1] + draws[:, -1:]).std(axis=0, ddof=1) * correction
-    drift = np.maximum(drift_sd, _drift(np.log(times), blocks))
-    half: Floats = np.hypot(_STUDENT[len(blocks) - 2] * sampling, _NORMAL * drift)
-    return values, half
+    spread = (draws[:, :-1] + draws[:, -1:]).std(axis=0, ddof=1) * correction
+    return Estimate(
+        seconds=middle[:-1] * middle[-1],
+        sampling=_STUDENT[len(blocks) - 2] * spread,
+        drift=_NORMAL * _drift(np.log(times), blocks),
+    )
 
 
 def _redrawn_medians(columns: Floats, blocks: Blocks, rng: np.random.Generator) -> Floats:

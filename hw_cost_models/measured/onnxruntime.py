@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hw_cost_models.measured.bandwidth import bytes_per_second
 from hw_cost_models.measured.capability import kernel_for, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.operands import Float32
@@ -90,7 +91,8 @@ class OnnxRuntime:
         weights = math.ceil(min(_MOST_BYTES, network) / stored)
         weights = min(weights, _MOST_WEIGHTS, math.ceil(_ROTATION_S / guess_s))
         sessions = math.ceil(weights / copies)
-        return Op(case, self._rotating(layer, scheme, copies, sessions), copies, sessions)
+        read_s = _rows_read(layer) * stored / bytes_per_second()
+        return Op(case, self._rotating(layer, scheme, copies, sessions), copies, sessions, read_s)
 
     def reference(self) -> Op:
         """Return the kernel that others are compared with: a small fp32 product."""
@@ -135,6 +137,13 @@ class OnnxRuntime:
             session.run_with_iobinding(binding)
 
         return run
+
+
+def _rows_read(layer: Layer) -> float:
+    """Return the share of the weight that one call reads: all, but of an embedding some rows."""
+    if layer.kind != "embedding":
+        return 1.0
+    return min(1.0, math.prod(layer.input_shape) / layer.weight_shape[0])
 
 
 def session_options(num_threads: int) -> Any:

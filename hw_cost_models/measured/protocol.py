@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hw_cost_models.measured.interval import DRIFT_SD, estimate
+from hw_cost_models.measured.interval import Estimate, estimate
 from mpq.core.errors import InvalidInputError
 from mpq.core.latency import KernelCase, KernelLatency
 
 LEAST_ROUNDS = 6
+# Relative standard deviations between processes minutes apart on a shared two-core machine, which
+# no single process can see: of kernels that compute, and what is added for waiting for memory.
+DRIFT_SD = 0.0125
+MEMORY_DRIFT_SD = 0.06
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +26,14 @@ class Op:
     """One kernel to time: `run()` executes it `runs` times, each time on other weights.
 
     After `rotation` runs the same weights come again, as in a network that is used again.
+    `read_s` is how long the weights of one execution take to be read from memory.
     """
 
     case: KernelCase
     run: Callable[[], object]
     runs: int = 1
     rotation: int = 1
+    read_s: float = 0.0
 
 
 @contextmanager
@@ -53,6 +59,10 @@ class Stopwatch:
     measurement sees no drift) and every interval is within `target` of its median, or until
     `budget_s` is used and there are LEAST_ROUNDS. All kernels share all rounds: they are compared
     at the same moments. `clock` counts nanoseconds.
+
+    An interval holds the next measurement too, so it has a least width that more rounds do not
+    change: the machine's speed differs from one process to the next by `drift_sd` and, for the
+    share of the time that reading the weights would take, by `memory_drift_sd`.
     """
 
     inner: int = 4
@@ -60,6 +70,7 @@ class Stopwatch:
     target: float = 0.03
     budget_s: float = 60.0
     drift_sd: float = DRIFT_SD
+    memory_drift_sd: float = MEMORY_DRIFT_SD
     seed: int = 0
     clock: Callable[[], int] = time.perf_counter_ns
 
@@ -107,12 +118,15 @@ class Stopwatch:
                 if used >= 1.0 and len(rows) >= LEAST_ROUNDS:
                     break
                 if len(rows) >= next_look and used >= 0.25:
-                    if (self._estimate(rows, reference_s)[1] <= self.target).all():
+                    if (self._estimate(rows, reference_s).half_width() <= self.target).all():
                         break
                     next_look = len(rows) + len(rows) // 4
         if progress is not None:
             progress(1.0)
-        values, half = self._estimate(rows, reference_s)
+        found = self._estimate(rows, reference_s)
+        read_s = np.array([op.read_s for op in ops])
+        memory_share = np.minimum(read_s / found.seconds, 1.0)
+        half = found.half_width(np.hypot(self.drift_sd, self.memory_drift_sd * memory_share))
         return [
             KernelLatency(
                 device=device,
@@ -123,7 +137,7 @@ class Stopwatch:
                 rounds=len(rows),
                 noisy=bool(width > self.target),
             )
-            for op, value, width in zip(ops, values, half, strict=True)
+            for op, value, width in zip(ops, found.seconds, half, strict=True)
         ]
 
     def _fastest(self, op: Op) -> float:
@@ -134,9 +148,5 @@ class Stopwatch:
             best = min(best, self.clock() - start)
         return max(best, 1.0) * 1e-9 / op.runs  # a coarse clock never says that nothing is free
 
-    def _estimate(
-        self, rows: list[list[float]], reference_s: list[float]
-    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]:
-        return estimate(
-            np.array(rows), np.array(reference_s), seed=self.seed, drift_sd=self.drift_sd
-        )
+    def _estimate(self, rows: list[list[float]], reference_s: list[float]) -> Estimate:
+        return estimate(np.array(rows), np.array(reference_s), seed=self.seed)
