@@ -28,6 +28,13 @@ def parse_schemes(texts: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
     return unique
 
 
+def scheme_texts(schemes: Sequence[str | Scheme]) -> tuple[str, ...]:
+    """Return the texts of schemes, each read once to be sure of it."""
+    if isinstance(schemes, str) or not schemes:
+        parse_schemes(schemes)
+    return tuple(str(parse_scheme(scheme)) for scheme in schemes)  # type: ignore[arg-type]
+
+
 def make_cells(
     graph: LayerGraph,
     schemes: Callable[[Layer], Sequence[Scheme]],

@@ -33,7 +33,7 @@ class Hardware:
         self.device = device_fingerprint(_NUM_THREADS)
         self.times_matter = any(budget.cost == "latency" for budget in budgets)
         self.left_out: list[str] = []
-        self._asked = parse_schemes(spec.schemes) if spec.schemes else None
+        self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed
         self._store = store
         self._progress = progress

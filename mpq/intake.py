@@ -60,15 +60,11 @@ def load(
 def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
     """Trace the network on the sample: the user's, or the first calibration sample alone."""
     sample = cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
-    _output(given.model, sample, "the sample")
+    with evaluating(given.model), torch.no_grad():
+        checked_call(given.model, sample, "the sample", finite=False)
     return build_graph(
         given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
     )
-
-
-def _output(model: nn.Module, batch: Batch, where: str) -> torch.Tensor:
-    with evaluating(model), torch.no_grad():
-        return checked_call(model, batch, where)
 
 
 def make_workload(
@@ -79,7 +75,8 @@ def make_workload(
 ) -> Workload:
     """Put model, data and choices together; the key covers all that scores depend on."""
     cells = make_cells(graph, schemes, spec.pin)
-    output = _output(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
+    with evaluating(given.model), torch.no_grad():
+        output = checked_call(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes

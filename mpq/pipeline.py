@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,12 @@ import numpy as np
 from torch import nn
 
 from mpq.candidates import Proposal, best, propose
+from mpq.choices import scheme_texts
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
 from mpq.core.evaluation import Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
+from mpq.core.protocols import Executor
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
 from mpq.evaluate import Candidate, measure, prepare
@@ -93,7 +95,7 @@ def search(
         loss=None if loss is None else _text(loss),
         divergence=divergence,
         budgets=tuple(b if isinstance(b, str) else budget_text(b) for b in budgets),
-        schemes=tuple(str(s) for s in schemes) if schemes is not None else (),
+        schemes=None if schemes is None else scheme_texts(schemes),
         metric=metric,
         solver=solver,
         clip=clip,
@@ -129,16 +131,17 @@ def run_job(
 
 def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> SearchResult:
     """Do every stage of a checked job; a failure is kept with the run and raised."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default", MpqWarning)
+    with _warnings_kept() as keep, ExitStack() as stack:
+        executor = get_executor(spec.executor, spec.num_workers)
+        stack.callback(executor.close)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         hardware = Hardware(spec, budgets, store, progress)
-        graph = graph_of(spec, given)
-        workload = make_workload(spec, given, graph, hardware.schemes)
+        workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
         run_id = store.create_run(spec, hardware.device)
+        stack.callback(keep, store, run_id)
         store.set_state(run_id, RunState.RUNNING)
         try:
-            _stages(spec, budgets, hardware, workload, store, run_id, progress)
+            _stages(spec, budgets, hardware, workload, executor, store, run_id, progress)
             store.set_state(run_id, RunState.SUCCEEDED)
         except MpqError as error:
             store.set_state(run_id, RunState.FAILED, error)
@@ -150,13 +153,27 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
             failure = RunFailedError("run_failed", f"{type(error).__name__}: {error}")
             store.set_state(run_id, RunState.FAILED, failure)
             raise
-        finally:
-            for warning in caught:
-                if issubclass(warning.category, MpqWarning):
-                    store.log(run_id, "warning", str(warning.message))
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return SearchResult(store, run_id)
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[Callable[[Store, str], None]]:
+    """Catch warnings; the function it yields logs our own with a run; all are given on after."""
+
+    def keep(store: Store, run_id: str) -> None:
+        for warning in caught:
+            if issubclass(warning.category, MpqWarning):
+                store.log(run_id, "warning", str(warning.message))
+
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as recorded:
+            warnings.simplefilter("always", MpqWarning)
+            caught = recorded
+            yield keep
+    finally:
+        for w in caught:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def _stages(
@@ -164,6 +181,7 @@ def _stages(
     budgets: Sequence[BudgetText],
     hardware: Hardware,
     workload: Workload,
+    executor: Executor,
     store: Store,
     run_id: str,
     progress: Progress,
@@ -179,25 +197,22 @@ def _stages(
     resolved = [budget.resolve(costs) for budget in budgets]
     _refuse_infeasible(workload, costs, resolved)
     _note_loose(costs, resolved, store, run_id)
-    with ExitStack() as stack:
-        executor = get_executor(spec.executor, spec.num_workers)
-        stack.callback(executor.close)
-        search_ranges(workload, progress)
-        setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
-        scores = score(workload, spec.metric, executor, setup, store, progress)
-        problem = Problem(
-            sensitivity=scores.sensitivity,
-            costs=costs,
-            budgets=tuple(resolved),
-            responses=scores.responses,
-        )
-        store.put_sensitivity(run_id, scores.sensitivity)
-        if scores.responses is not None:
-            store.put_responses(run_id, scores.responses)
-        measured = partial(_measure, executor, setup, store, run_id, progress)
-        around = partial(relinearise, workload, executor, setup, store, progress)
-        chosen = _choose(problem, spec, measured, around, store, run_id)
-        _compare(chosen, problem, workload, measured, store, run_id)
+    search_ranges(workload, progress)
+    setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
+    scores = score(workload, spec.metric, executor, setup, store, progress)
+    problem = Problem(
+        sensitivity=scores.sensitivity,
+        costs=costs,
+        budgets=tuple(resolved),
+        responses=scores.responses,
+    )
+    store.put_sensitivity(run_id, scores.sensitivity)
+    if scores.responses is not None:
+        store.put_responses(run_id, scores.responses)
+    measured = partial(_measure, executor, setup, store, run_id, progress)
+    around = partial(relinearise, workload, executor, setup, store, progress)
+    chosen = _choose(problem, spec, measured, around, store, run_id)
+    _compare(chosen, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
 
 

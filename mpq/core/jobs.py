@@ -35,7 +35,7 @@ class JobSpec:
     loss: str | None = None
     divergence: Divergence = "auto"
     budgets: tuple[str, ...]
-    schemes: tuple[str, ...] = ()
+    schemes: tuple[str, ...] | None = None  # None: what this machine's kernels run
     metric: str = "gauss_newton"
     solver: str = "auto"
     clip: Clip = "minmax"

@@ -46,8 +46,11 @@ def call(model: nn.Module, batch: Batch) -> torch.Tensor:
     return output_tensor(model(*args, **kwargs))
 
 
-def checked_call(model: nn.Module, batch: Batch, where: str) -> torch.Tensor:
-    """Return `call(model, batch)`; a failure is one line that names the batch and its shapes."""
+def checked_call(model: nn.Module, batch: Batch, where: str, finite: bool = True) -> torch.Tensor:
+    """Return `call(model, batch)`; a failure is one line that names the batch and its shapes.
+
+    With `finite` an output that is not is a failure too.
+    """
     try:
         output = call(model, batch)
     except MpqError:
@@ -59,7 +62,7 @@ def checked_call(model: nn.Module, batch: Batch, where: str) -> torch.Tensor:
             f"the model cannot run {where} ({describe(batch)}): {lines[0]}; forward takes "
             f"{inspect.signature(model.forward)}",
         ) from error
-    if not torch.isfinite(output).all():
+    if finite and not torch.isfinite(output).all():
         raise InvalidInputError(
             "output_not_finite",
             f"the model's output on {where} ({describe(batch)}) is not finite: check the batch "

@@ -1,0 +1,350 @@
+"""Bad input gets one clear line that names the value and the fix, and loses nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mpq
+from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning
+from mpq.core.jobs import RunState
+from mpq.store.store import Store, open_store
+
+
+class Tiny(nn.Module):
+    """Three linear layers with a dropout; `width` is the input size."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 8)
+        self.second = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(self.first(x).relu())
+        return self.head(self.second(hidden).relu())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(str(tmp_path / "runs.db")) as opened:
+        yield opened
+
+
+def batches(count: int = 2, size: int = 4, width: int = 6) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, width, generator=generator) for _ in range(count)]
+
+
+def search(store: Store, model: Any = None, calibration: Any = None, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "budgets": ["memory <= 70%"],
+        "schemes": ["int2", "int4", "int8"],
+        "executor": "serial",
+        "refine_steps": 1,
+    }
+    return mpq.search(
+        Tiny() if model is None else model,
+        batches() if calibration is None else calibration,
+        storage=store,
+        **(settings | options),
+    )
+
+
+def refused(
+    store: Store, *says: str, error: type[MpqError] = InvalidInputError, **given: Any
+) -> str:
+    """Return the one line of the refusal after checking that it says all of `says`."""
+    with pytest.raises(error) as caught:
+        search(store, **given)
+    line = str(caught.value)
+    assert "\n" not in line
+    for text in says:
+        assert text in line, line
+    return line
+
+
+# 1: weights that are not finite
+
+
+def test_weights_that_are_not_finite_are_refused_by_layer_count_and_place(store: Store) -> None:
+    model = Tiny()
+    with torch.no_grad():
+        model.second.weight[2, 5] = float("nan")
+    refused(store, "'second'", "1 weights", "[2, 5]", "skip=['second']", model=model)
+    assert not store.runs()
+
+
+# 2: layers without weights
+
+
+def test_a_layer_without_parameters_is_listed_and_never_divided_by(store: Store) -> None:
+    model = Tiny()
+    model.identity = nn.Identity()
+    model.empty = nn.Embedding(0, 4)
+    result = search(store, model=model)
+    assert {part.name for part in result.graph.unsearched} >= {"empty.weight"}
+    assert "empty" not in result.allocation
+
+
+# 3 and 4: tied weights, shared modules
+
+
+def test_tied_weights_are_one_choice_counted_once_and_named(store: Store) -> None:
+    model = Tiny()
+    model.third = nn.Linear(8, 8, bias=False)
+    model.third.weight = model.second.weight
+    model.forward = lambda x: model.head(model.third(model.second(model.first(x))).relu())  # type: ignore[method-assign]
+    result = search(store, model=model)
+    (unit,) = [unit for unit in result.graph.units if "second" in unit.layers]
+    assert unit.layers == ("second", "third")
+    assert unit.reason == "tied weights"
+    stored = sum(p.numel() for p in model.parameters()) * 4
+    assert result.graph.native_bytes == stored
+
+
+def test_a_shared_module_called_twice_is_one_choice(store: Store) -> None:
+    model = Tiny()
+    model.forward = lambda x: model.head(model.second(model.second(model.first(x))))  # type: ignore[method-assign]
+    result = search(store, model=model)
+    (layer,) = [layer for layer in result.graph.layers if layer.name == "second"]
+    assert layer.calls == 2
+    assert layer.macs == 2 * 8 * 8
+
+
+# 5: infeasible budgets
+
+
+def test_an_infeasible_budget_is_told_before_anything_is_scored(store: Store) -> None:
+    line = refused(store, "memory <= 1 B", "int2", error=InfeasibleError, budgets=["memory <= 1 B"])
+    assert re.search(r"smallest possible is [\d.]+ \w*B", line)
+    (run,) = store.runs()
+    assert run.state == RunState.FAILED
+    assert run.error_message == line
+
+
+# 6: budgets that are no budgets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "memory <= 0 MB",
+        "memory <= -3 MB",
+        "memory <= nan MB",
+        "memory <= inf %",
+        "memory < 3 MB",
+        "",
+    ],
+)
+def test_a_budget_that_is_no_positive_number_is_refused(store: Store, text: str) -> None:
+    refused(store, repr(text), budgets=[text])
+
+
+def test_decimal_and_binary_units_differ_and_the_limit_is_shown(store: Store) -> None:
+    decimal = search(store, budgets=["memory <= 0.5 kB"]).solution.budgets[0].limit
+    binary = search(store, budgets=["memory <= 0.5 KiB"]).solution.budgets[0].limit
+    assert (decimal, binary) == (500.0, 512.0)
+
+
+def test_an_unknown_unit_names_the_near_one(store: Store) -> None:
+    refused(store, "'Mb'", "did you mean 'MB'?", budgets=["memory <= 3 Mb"])
+
+
+# 9 and 10: candidate schemes
+
+
+@pytest.mark.parametrize(
+    ("schemes", "says"),
+    [
+        ([], "empty"),
+        (["int0"], "got 0 in 'int0'"),
+        (["int33"], "got 33 in 'int33'"),
+        ([4], "got 4"),
+        ([4.5], "got 4.5"),
+        (["in4"], "'in4'"),
+        (["int4:int9"], "got 9"),
+        ("int4", "'int4'"),
+    ],
+)
+def test_schemes_that_are_no_schemes_are_refused(store: Store, schemes: Any, says: str) -> None:
+    refused(store, says, schemes=schemes)
+
+
+def test_schemes_listed_twice_collapse_with_a_warning(store: Store) -> None:
+    with pytest.warns(MpqWarning, match="more than once: int4"):
+        result = search(store, schemes=["int4", "int4", "int8"])
+    assert all(len(schemes) == 2 for schemes in result.problem.cells.schemes)
+    assert any("more than once" in event.message for event in store.events(result.run_id))
+
+
+def test_a_single_scheme_is_allowed(store: Store) -> None:
+    result = search(store, schemes=["int4"])
+    assert set(map(str, result.allocation.values())) == {"int4"}
+
+
+# 11: groups that do not divide
+
+
+def test_groups_that_do_not_divide_name_the_layer_and_the_ways_out(store: Store) -> None:
+    refused(store, "group size 4", "'first'", "skip=['first']", schemes=["int4g4"])
+
+
+# 12 and 13: calibration batches
+
+
+@pytest.mark.parametrize("calibration", [[], (), [torch.randn(0, 6)]])
+def test_an_empty_calibration_set_is_refused(store: Store, calibration: Any) -> None:
+    refused(store, "calibration is empty", calibration=calibration)
+
+
+def test_one_tensor_in_place_of_a_list_of_batches_is_refused(store: Store) -> None:
+    refused(store, "list of batches", "[it]", calibration=torch.randn(4, 6))
+
+
+def test_a_batch_that_does_not_fit_is_named_and_what_was_scored_is_kept(store: Store) -> None:
+    wrong = [*batches(), torch.randn(4, 5)]
+    refused(store, "calibration batch 2", "[4, 5]", "forward takes (x:", calibration=wrong)
+    (run,) = store.runs()
+    assert run.state == RunState.FAILED
+    with closing(sqlite3.connect(str(store.url.database))) as connection:
+        assert connection.execute("select count(*) from partials").fetchone() == (2,)
+
+
+def test_a_batch_of_the_wrong_type_is_named(store: Store) -> None:
+    refused(store, "the sample", "[1, 6]", calibration=[torch.zeros(4, 6, dtype=torch.int64)])
+
+
+def test_a_batch_that_gives_nan_is_named(store: Store) -> None:
+    bad = [*batches(), torch.full((4, 6), math.nan)]
+    refused(store, "calibration batch 2", "not finite", calibration=bad)
+
+
+# 17 and 18: training mode, dropout, models that are not deterministic
+
+
+def test_a_model_in_training_mode_is_scored_in_eval_mode_and_given_back(store: Store) -> None:
+    torch.manual_seed(0)
+    model = Tiny().train()
+    result = search(store, model=model)
+    assert model.training
+    assert model.dropout.training
+    assert any("training mode" in event.message for event in store.events(result.run_id))
+    again = search(store, model=model.eval())
+    assert result.problem.sensitivity.values.tolist() == again.problem.sensitivity.values.tolist()
+
+
+def test_a_model_that_is_not_deterministic_is_told(store: Store) -> None:
+    model = Tiny()
+    model.forward = lambda x: model.head(model.first(x + torch.randn_like(x) * 0.1))  # type: ignore[method-assign]
+    with pytest.warns(MpqWarning, match="not deterministic.*differ by up to"):
+        result = search(store, model=model)
+    assert any("not deterministic" in event.message for event in store.events(result.run_id))
+
+
+# 19: double backward is tested with the Hessian metric; 20: unused parameters
+
+
+def test_a_layer_without_effect_counts_as_free_and_is_told(store: Store) -> None:
+    model = Tiny()
+    model.forward = lambda x: (model.second(model.first(x)), model.head(model.first(x)))[1]  # type: ignore[method-assign]
+    with pytest.warns(MpqWarning, match="no effect.*second"):
+        result = search(store, model=model)
+    assert result.problem.sensitivity["second", mpq.parse_scheme("int2")] == 0.0
+
+
+@pytest.mark.parametrize("metric", ["gauss_newton", "hessian_trace"])
+def test_unused_and_frozen_parameters_do_not_crash(store: Store, metric: str) -> None:
+    model = Tiny()
+    model.unused = nn.Linear(3, 3)
+    for parameter in model.first.parameters():  # 22
+        parameter.requires_grad_(False)
+    result = search(store, model=model, metric=metric)
+    assert not model.first.weight.requires_grad
+    assert model.second.weight.requires_grad
+    (part,) = [p for p in result.graph.unsearched if p.name == "unused.weight"]
+    assert "not called" in part.reason
+
+
+# 23 and 24: models with nothing to quantize
+
+
+def test_a_quantized_model_is_refused(store: Store) -> None:
+    model = Tiny()
+    model.config = type("Config", (), {"quantization_config": {"quant_method": "gptq"}})()
+    refused(store, "already quantized", "gptq", model=model)
+
+
+def test_a_model_without_known_layers_lists_what_it_has(store: Store) -> None:
+    refused(store, "LayerNorm", model=nn.Sequential(nn.LayerNorm(6), nn.ReLU()))
+
+
+# 25 and 26: patterns and names
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"skip": ["secnd"]}, {"pin": {"secnd": "int8"}}, {"groups": [["first", "secnd"]]}],
+)
+def test_a_pattern_that_matches_nothing_names_the_near_one(store: Store, given: Any) -> None:
+    refused(store, "'secnd'", "did you mean 'second'?", **given)
+
+
+def test_a_pattern_too_long_is_refused_at_once(store: Store) -> None:
+    refused(store, "1 to 500 characters", skip=["*a" * 400])
+
+
+def test_any_layer_name_will_do(store: Store) -> None:
+    names = ["a-b", "a_b", "with space", "ünïcode ☃", "x" * 500]
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Linear(6, 6))
+    result = search(store, model=model)
+    assert list(result.allocation) == names
+    again = store.problem(result.run_id)
+    assert list(again.cells.units) == names
+
+
+# 45: nothing matters
+
+
+def test_zero_sensitivity_everywhere_takes_the_cheapest_and_says_so(store: Store) -> None:
+    model = Tiny()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.warns(MpqWarning, match="every sensitivity is zero"):
+        result = search(store, model=model, skip=["head"])
+    assert set(map(str, result.allocation.values())) == {"int2"}
+
+
+# names with a near match, and kinds that are wrong
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ({"metric": "hesian_trace"}, "hessian_trace"),
+        ({"solver": "ilpp"}, "ilp"),
+        ({"budgets": ["memry <= 3 MB"]}, "memory"),
+        ({"executor": "serail"}, "serial"),
+    ],
+)
+def test_an_unknown_name_gets_its_near_match(store: Store, given: Any, near: str) -> None:
+    refused(store, f"did you mean {near!r}?", **given)
+
+
+def test_nothing_else_warns(store: Store) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(store)
