@@ -10,6 +10,7 @@ import numpy as np
 from mpq.core.errors import RunFailedError
 from mpq.core.tables import Indices
 from solvers.knapsack import Knapsack
+from solvers.threads import highs_threads
 
 SCALE = 1e3  # objective and rows are brought to this size, the tolerance is absolute
 TOLERANCE = 1e-9
@@ -72,7 +73,7 @@ def branch_and_cut(
                 msg=False,
                 gapRel=0.0,
                 gapAbs=0.0,  # the default of 1e-6 would stop early
-                threads=1,
+                threads=highs_threads(),
                 timeLimit=max(0.01, time_limit_s),
                 random_seed=0,
                 mip_feasibility_tolerance=TOLERANCE,

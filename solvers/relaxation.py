@@ -10,6 +10,7 @@ import numpy as np
 from mpq.core.errors import RunFailedError
 from mpq.core.tables import Floats
 from solvers.knapsack import Knapsack
+from solvers.threads import highs_threads
 
 _ROUNDING = 1e-14  # of a sum of a few products of positive numbers
 
@@ -54,7 +55,11 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
     matrix.index_ = np.column_stack([knapsack.units, rows]).ravel()
     matrix.value_ = np.column_stack([np.ones(n), (knapsack.weights * row_scale[:, None]).T]).ravel()
     highs = highspy.Highs()
-    for option, value in (("output_flag", False), ("threads", 1), ("solver", "simplex")):
+    for option, value in (
+        ("output_flag", False),
+        ("threads", highs_threads()),
+        ("solver", "simplex"),
+    ):
         highs.setOptionValue(option, value)
     highs.passModel(model)
     highs.run()

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -309,3 +310,25 @@ def test_ten_thousand_units_are_solved_within_a_minute() -> None:
     solution = solve(drawn(10_000, 7, num_budgets=1))
     assert solution.status is Status.OPTIMAL
     assert solution.seconds < 60
+
+
+def test_others_may_have_used_highs_before() -> None:
+    """HiGHS keeps the number of threads of its first user in a process and refuses others."""
+    code = """
+import highspy
+first = highspy.Highs()
+first.setOptionValue("output_flag", False)
+first.setOptionValue("threads", 2)
+first.addVar(0, 1)
+first.run()
+from tests.test_solvers import drawn, solve
+assert solve(drawn(20, 6)).status == "optimal"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_solving_in_several_threads_changes_nothing() -> None:
+    problems = [drawn(15, 5, seed=seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(solve, problems))
+    assert [s.allocation for s in together] == [solve(p).allocation for p in problems]
