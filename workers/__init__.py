@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mpq.core.errors import unknown
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.protocols import Executor
 
 
@@ -27,4 +27,6 @@ def get_executor(name: str, num_workers: int | None = None) -> Executor:
     """Return an executor by name; raises InvalidInputError for an unknown one."""
     if name not in EXECUTORS:
         raise unknown("executor", name, EXECUTORS)
+    if num_workers is not None and num_workers < 1:
+        raise InvalidInputError("num_workers", f"at least one worker runs, got {num_workers}")
     return EXECUTORS[name](num_workers)

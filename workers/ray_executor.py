@@ -9,7 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from mpq.core.errors import MpqError, RunFailedError
+from mpq.core.errors import RunFailedError
+from workers.errors import told
 
 State = TypeVar("State")
 Item = TypeVar("Item")
@@ -40,7 +41,7 @@ class RayExecutor:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
         A task whose worker process dies runs again on a new one, three times in all; an
-        exception in `fn` is raised here as itself where it is an MpqError, else as
+        exception in `setup` or `fn` is raised here as itself where it is an MpqError, else as
         RunFailedError with its text.
         """
         waiting = deque(enumerate(items))
@@ -51,14 +52,20 @@ class RayExecutor:
             self.close()
             self._setup, self._setup_reference = setup, ray.put(setup)
         fn_reference = ray.put(fn)
+        # A worker takes one CPU: more of them than Ray has would wait for ever.
+        limit = max(1, min(self._num_workers, int(ray.cluster_resources().get("CPU", 1))))
         running: dict[Any, tuple[int, Item, Any]] = {}
         tries: Counter[int] = Counter()
         try:
             while waiting or running:
-                while waiting and len(running) < self._num_workers:
+                while waiting and len(running) < limit:
                     position, item = waiting.popleft()
                     worker = self._idle.pop() if self._idle else self._new_worker(ray)
-                    running[worker.run.remote(fn_reference, item)] = (position, item, worker)
+                    running[worker.run.remote(fn_reference, position, item)] = (
+                        position,
+                        item,
+                        worker,
+                    )
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 position, item, worker = running.pop(done)
                 try:
@@ -68,12 +75,14 @@ class RayExecutor:
                     if tries[position] == _TRIES:
                         raise RunFailedError(
                             "worker_died",
-                            f"the worker process died {_TRIES} times on task {position}: {error}",
+                            f"the worker process died {_TRIES} times on task {position}: "
+                            f"{str(error).splitlines()[0]}",
                         ) from error
                     waiting.appendleft((position, item))
                     continue
                 except ray.exceptions.RayTaskError as error:
-                    raise _as_own(error.cause) from error
+                    self._idle.append(worker)
+                    raise error.cause from error
                 self._idle.append(worker)
                 yield position, result
         finally:
@@ -97,16 +106,15 @@ class _Worker:
     """What runs in a worker process."""
 
     def __init__(self, setup: Callable[[], Any]) -> None:
-        self._state = setup()
+        self._setup = setup
+        self._state: tuple[Any] | None = None
 
-    def run(self, fn: Callable[[Any, Any], Any], item: Any) -> Any:
-        return fn(self._state, item)
-
-
-def _as_own(cause: BaseException) -> MpqError:
-    if isinstance(cause, MpqError):
-        return cause
-    return RunFailedError("task_failed", f"a task failed: {type(cause).__name__}: {cause}")
+    def run(self, fn: Callable[[Any, Any], Any], position: int, item: Any) -> Any:
+        if self._state is None:  # here and not in __init__, so that its errors come back as such
+            with told("setting up"):
+                self._state = (self._setup(),)
+        with told(f"task {position}"):
+            return fn(self._state[0], item)
 
 
 def _connected(num_cpus: int) -> Any:

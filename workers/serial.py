@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from workers.errors import told
+
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,8 +27,11 @@ class SerialExecutor:
         """Run `fn(state, item)` for each item in order, yielding (position, result)."""
         for position, item in enumerate(items):
             if self._prepared is None or self._prepared[0] is not setup:
-                self._prepared = (setup, setup())
-            yield position, fn(self._prepared[1], item)
+                with told("setting up"):
+                    self._prepared = (setup, setup())
+            with told(f"task {position}"):
+                result = fn(self._prepared[1], item)
+            yield position, result
 
     def close(self) -> None:
         """Forget the state."""

@@ -90,8 +90,8 @@ class Executor(Protocol):
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
         `setup` runs once in each worker and makes `state`; workers are kept for further calls
-        with the same `setup` object. An exception in `fn` ends the iteration with that
-        exception; results already yielded stay valid.
+        with the same `setup` object. An MpqError in either ends the iteration as itself, any
+        other exception as RunFailedError; results already yielded stay valid.
         """
 
     def close(self) -> None:
