@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation
 from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
@@ -97,12 +98,20 @@ def _tensors_of(name: str, weight: IntegerWeight) -> dict[str, torch.Tensor]:
 
 
 def read_packed(path: str | Path, graph: LayerGraph) -> dict[str, torch.Tensor]:
-    """Return every tensor of a packed checkpoint, dequantized, by parameter or buffer name."""
-    from safetensors import safe_open
+    """Return every tensor of a packed checkpoint, dequantized, by parameter or buffer name.
 
-    with safe_open(path, framework="pt") as file:
-        allocation = Allocation.from_text(json.loads(file.metadata()["allocation"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    Raises InvalidInputError for a file that is not one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            allocation = Allocation.from_text(json.loads(file.metadata()["allocation"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise InvalidInputError(
+            "packed_file", f"{path} is not a packed checkpoint: {error}"
+        ) from error
     for unit in graph.units:
         fmt = allocation[unit.name].weights
         for layer in graph.stored_layers(unit):
