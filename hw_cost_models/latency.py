@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,9 @@ class MeasuredLatency:
     """Sum over the layers of kernel time * calls, from kernels timed on this machine.
 
     `known` holds times that are not measured again if they are of this device; `save` gets each
-    new one as soon as it is there. `budget_s` bounds the time of one table's measurement,
-    `progress` gets its share in [0, 1]. `latencies` holds every time that is known by now.
+    new one as soon as it is there. `budget_s` bounds the time of one table's measurement (unless
+    making the kernels ready takes half of it, or six rounds do not fit), `progress` gets its
+    share in [0, 1]. `latencies` holds every time that is known by now.
     """
 
     name = "latency"
@@ -150,13 +152,12 @@ class MeasuredLatency:
                 if self._progress is not None:
                     self._progress(start / len(new) + used * share)
 
-            stopwatch = replace(self._stopwatch, budget_s=self._stopwatch.budget_s * share)
-            measured = stopwatch.measure(
-                [backend.op(*cases[case]) for case in part],
-                backend.reference(),
-                self.device,
-                progress,
-            )
+            budget_s = self._stopwatch.budget_s * share
+            start_s = time.monotonic()
+            ops, reference = [backend.op(*cases[case]) for case in part], backend.reference()
+            budget_s = max(budget_s - (time.monotonic() - start_s), budget_s / 2)
+            stopwatch = replace(self._stopwatch, budget_s=budget_s)
+            measured = stopwatch.measure(ops, reference, self.device, progress)
             for latency in measured:
                 self.latencies[latency.case] = latency
                 if self._save is not None:
