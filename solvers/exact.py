@@ -12,7 +12,7 @@ import numpy as np
 from mpq.core.problem import Budget, Problem
 from mpq.core.tables import Floats, Indices
 from solvers.knapsack import Knapsack, cheapest, fitting, preference, tightest
-from solvers.milp import SCALE, TOLERANCE, Answer, branch_and_cut
+from solvers.milp import TOLERANCE, Answer, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
 
@@ -93,7 +93,7 @@ class _Search:
                 return self._answer(lower, proven=True)
             # Small on the scale that the solver saw: look again on the scale of the answer.
             loss = self._value(self.best) - rest.base
-            closer = relax(rest) if loss * SCALE <= rest.objective.max() else None
+            closer = relax(rest) if loss * 10 <= rest.objective.max() else None
             if closer is None:
                 return self._answer(lower, proven=True)
             whole, relaxed = rest, closer
