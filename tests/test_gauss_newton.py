@@ -286,6 +286,22 @@ def test_around_a_quantized_network_the_slopes_are_those_of_the_divergence() -> 
                 )
 
 
+def test_around_quantized_activations_gradients_pass_the_rounding() -> None:
+    torch.manual_seed(0)
+    model = small_cnn()
+    batch = torch.randn(4, 2, 4, 4)
+    plain, rounded, coarse = map(parse_scheme, ("int8", "int8:int8", "int3"))
+    workload = make_workload(model, [batch], schemes=(plain, rounded, coarse), probes=64)
+    units = workload.cells.units
+    slopes = []
+    for base in (plain, rounded):
+        found = responses_of_batch(workload, 0, Allocation(dict.fromkeys(units, base)))
+        slopes.append(np.square(found.u).mean(axis=(1, 2)))
+    coarse_cells = [workload.cells.index((unit, coarse)) for unit in units]
+    # 8-bit activations hardly move the network, so coarse weights matter as much as without them
+    np.testing.assert_allclose(slopes[0][coarse_cells], slopes[1][coarse_cells], rtol=0.3)
+
+
 @pytest.mark.parametrize("positions", [1, 20])
 def test_weight_gradients_and_replays_give_the_same_inner_products(positions: int) -> None:
     from sensitivity.responses import _Change

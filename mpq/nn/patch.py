@@ -90,6 +90,10 @@ def _quantize_input(
     module: nn.Module, scheme: Scheme, limit: tuple[float, float] | None
 ) -> RemovableHandle:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (fake_quantize_activation(args[0], scheme.activations, limit), *args[1:])
+        values, *rest = args
+        seen = fake_quantize_activation(values.detach(), scheme.activations, limit)
+        if values.requires_grad:  # straight through: rounding has no gradient of its own
+            seen = values + (seen - values).detach()
+        return (seen, *rest)
 
     return module.register_forward_pre_hook(hook)
