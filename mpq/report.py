@@ -14,7 +14,7 @@ from mpq.core.quantities import quantity
 from mpq.core.tables import CostTable
 from mpq.result import SearchResult
 from mpq.store.store import Store
-from mpq.tables import in_order
+from mpq.tables import DIVERGENCE_NAMES, in_order
 
 _SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J": (1e-3, "mJ")}
 # Blue to yellow: tells bits apart without red and green, and in print.
@@ -33,6 +33,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         record=record,
         solution=result.solution,
         budgets=_budget_rows(result.problem, result.solution),
+        divergence=DIVERGENCE_NAMES[result.evaluation[0].divergence],
         evaluations=[(e, _fits(result, e)) for e in in_order(result.evaluation)],
         graph=result.graph,
         coverage=f"{result.graph.coverage:.1%}",

@@ -18,6 +18,13 @@ from mpq.result import CHOSEN
 from mpq.store.store import Store
 
 
+DIVERGENCE_NAMES = {
+    "kl": "KL to original",
+    "cosine": "1 - cosine to original",
+    "mse": "squared error to original",
+}
+
+
 def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     """Print everything a person wants to know of one run."""
     view = run_view(store, run_id)
@@ -178,9 +185,9 @@ def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def _measured_table(problem: Problem, evaluations: Sequence[Evaluation]) -> Table:
-    kind = evaluations[0].divergence if evaluations else "divergence"
+    kind = DIVERGENCE_NAMES[evaluations[0].divergence]
     table = Table("measured on", "candidate", "fits", box=None, header_style="bold")
-    for column in (f"{kind} to original", "±", "predicted", "bytes written", "predicted bytes"):
+    for column in (kind, "±", "predicted", "bytes written", "predicted bytes"):
         table.add_column(column, justify="right")
     table.add_column("metrics")
     for e in in_order(evaluations):

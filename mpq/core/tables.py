@@ -328,13 +328,11 @@ class Responses:
         """
         vectors = self.vectors.astype(np.float64)
         num_cells, samples, probes = vectors.shape
-        mean = np.zeros((num_cells, num_cells))
-        square = np.zeros((num_cells, num_cells))
-        for n in range(samples):
-            product = 0.5 * (vectors[:, n] @ vectors[:, n].T) / probes
-            mean += product
-            square += np.square(product)
-        mean /= samples
+        flat = vectors.reshape(num_cells, -1)
+        mean = 0.5 * (flat @ flat.T) / (samples * probes)
+        # sum_n (sum_k u_ik u_jk)^2 = sum_nkl (u_ik u_il) (u_jk u_jl): one product as well
+        outer = (vectors[:, :, :, None] * vectors[:, :, None, :]).reshape(num_cells, -1)
+        square = 0.25 * (outer @ outer.T) / probes**2
         if samples > 1:
             variance = np.maximum(square / samples - np.square(mean), 0.0) / (samples - 1)
             keep = np.maximum(0.0, 1.0 - variance / np.maximum(np.square(mean), 1e-300))
