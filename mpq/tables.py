@@ -17,7 +17,6 @@ from mpq.core.quantities import quantity
 from mpq.result import CHOSEN
 from mpq.store.store import Store
 
-
 DIVERGENCE_NAMES = {
     "kl": "KL to original",
     "cosine": "1 - cosine to original",
