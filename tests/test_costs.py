@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,3 +165,13 @@ def test_every_cost_model_answers_to_its_name() -> None:
         assert get_cost_model(name).name == name
     with pytest.raises(InvalidInputError, match="did you mean 'memory'"):
         get_cost_model("memroy")
+
+
+def test_asking_for_a_cost_model_loads_no_runtime() -> None:
+    code = (
+        "import sys, hw_cost_models as h\n"
+        "h.get_cost_model('latency')\n"
+        "print(sorted({'onnx', 'onnxruntime', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

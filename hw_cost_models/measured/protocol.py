@@ -56,9 +56,9 @@ class Stopwatch:
     weights where they are in steady use (a cache if all fit there, memory if not), and whatever
     else the machine does only adds. So times are those of an otherwise idle machine.
     Rounds go on until there are `min_rounds`, a quarter of `budget_s` has passed (a short
-    measurement sees no drift) and every interval is within `target` of its median, or until
-    `budget_s` is used and there are LEAST_ROUNDS. All kernels share all rounds: they are compared
-    at the same moments. `clock` counts nanoseconds.
+    measurement sees no drift) and every interval, as far as more rounds can narrow it, is within
+    `target` of its median; or until `budget_s` is used and there are LEAST_ROUNDS. All kernels
+    share all rounds: they are compared at the same moments. `clock` counts nanoseconds.
 
     An interval holds the next measurement too, so it has a least width that more rounds do not
     change: the machine's speed differs from one process to the next by `drift_sd` and, for the
