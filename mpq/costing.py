@@ -35,6 +35,7 @@ class Hardware:
         self.left_out: list[str] = []
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed
+        self._seconds = spec.latency_seconds
         self._store = store
         self._progress = progress
 
@@ -80,6 +81,7 @@ class Hardware:
             model = get_cost_model(
                 "latency",
                 num_threads=_NUM_THREADS,
+                budget_s=self._seconds,
                 known=self._store.kernel_latencies(self.device),
                 save=self._store.put_kernel_latency,
                 seed=self._seed,

@@ -60,6 +60,7 @@ def search(
     num_workers: int | None = None,
     num_probes: int = 2,
     refine_steps: int = 4,
+    latency_seconds: float = 60.0,
     seed: int = 0,
     storage: str | Store | None = None,
     name: str = "",
@@ -108,6 +109,7 @@ def search(
         seed=seed,
         num_probes=num_probes,
         refine=refine_steps,
+        latency_seconds=latency_seconds,
     )
     given = load(model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate)
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()

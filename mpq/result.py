@@ -40,7 +40,7 @@ def solve_stored(
     from solvers import solve
 
     pins = {unit: [parse_scheme(scheme)] for unit, scheme in (pin or {}).items()}  # type: ignore[arg-type]
-    return solve(resolve_budgets(problem.pinned(pins), budgets), solver)
+    return solve(resolve_budgets(problem, budgets).pinned(pins), solver)
 
 
 def parse_pins(texts: Sequence[str]) -> dict[str, str]:

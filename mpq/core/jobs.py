@@ -21,8 +21,8 @@ class JobSpec:
     first calibration sample alone), which MACs and latency are for. `evaluate(model)` returns
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
-    improve the best measured allocation (0: none). `skip` and the keys of `pin` are layer names
-    or shell patterns; `groups` adds units.
+    improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
+    take. `skip` and the keys of `pin` are layer names or shell patterns; `groups` adds units.
     """
 
     version: Literal[1] = 1
@@ -48,6 +48,7 @@ class JobSpec:
     seed: int = 0
     num_probes: int = 2
     refine: int = 4
+    latency_seconds: float = 60.0
 
 
 class RunState(enum.StrEnum):

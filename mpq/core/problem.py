@@ -113,8 +113,11 @@ class BudgetText:
 
     def _limit(self, table: CostTable) -> float:
         if self.uniform is not None:
-            # A unit that cannot take the scheme (pinned, no kernel) has no uniform cost.
-            cells = [table[unit, self.uniform] for unit in table.cells.units]
+            # A unit without a choice (pinned) keeps what it has, as in a uniform allocation.
+            cells = [
+                table[unit, schemes[0] if len(schemes) == 1 else self.uniform]
+                for unit, schemes in zip(table.cells.units, table.cells.schemes, strict=True)
+            ]
             return table.fixed + math.fsum(cells)
         if self.unit == "%":
             return self._needs(table.baseline, "a known baseline") * self.amount / 100
