@@ -96,6 +96,7 @@ def solve_again(
     as_json: AsJson = False,
 ) -> None:
     """Choose again from stored scores for other budgets; loads no model and no torch."""
+    from mpq.core.jobs import RunState
     from mpq.result import parse_pins, solve_stored
     from mpq.store.store import open_store
     from mpq.tables import print_solution
@@ -103,7 +104,7 @@ def solve_again(
     texts = list(budget or [])
     texts += [f"{name} <= {v}" for name, v in (("memory", memory), ("latency", latency)) if v]
     with open_store(storage) as store:
-        run_id = store.resolve_run(run)
+        run_id = store.resolve_run(run, RunState.SUCCEEDED)
         problem = store.problem(run_id, with_responses=solver == "pairs")
         spec = store.run(run_id).spec
         solution = solve_stored(problem, texts or list(spec.budgets), parse_pins(pin or []), solver)
@@ -113,11 +114,12 @@ def solve_again(
 @app.command("report", rich_help_panel="Inspect")
 def report_page(run: RunName = "latest", out: Path | None = None, storage: Storage = None) -> None:
     """Write the HTML page of a stored run: frontier, bits per layer, measurements."""
+    from mpq.core.jobs import RunState
     from mpq.report import write_report
     from mpq.store.store import open_store
 
     with open_store(storage) as store:
-        run_id = store.resolve_run(run)
+        run_id = store.resolve_run(run, RunState.SUCCEEDED)
         page = write_report(store, run_id, out or Path(f"mpq-report-{run_id}.html"))
         typer.echo(str(page))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-_MODULE = '''
+_MODULE = """
 import torch
 from torch import nn
 
@@ -24,7 +24,7 @@ def batches():
 
 def fails():
     raise OSError("no such disk")
-'''
+"""
 
 _JOB = """
 version = 1
@@ -148,7 +148,7 @@ def test_debug_shows_where_it_happened(folder: Path) -> None:
         ('budget = ["memory <= 3 MB"]', "did you mean 'budgets'?"),
         ("seed = 'one'", "seed"),
         ("schemes = []", "empty"),
-        ("name = 'unclosed", "line"),
+        ("name = unclosed", "line"),
     ],
 )
 def test_a_mistake_in_a_job_names_the_key(folder: Path, change: str, says: str) -> None:

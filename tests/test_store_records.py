@@ -184,7 +184,7 @@ def test_runs_do_not_mix(store: Store, run_id: str) -> None:
     store.put_sensitivity(run_id, sensitivity())
     store.put_cost(run_id, cost())
     assert store.costs(other) == {}
-    with pytest.raises(StorageError, match=f"run {other} has no sensitivity table"):
+    with pytest.raises(InvalidInputError, match=f"run {other} has no sensitivity table"):
         store.sensitivity(other)
 
 
@@ -224,7 +224,7 @@ def test_responses_are_compact(store: Store, run_id: str, tmp_path: Path) -> Non
 
 
 def test_graph_comes_back(store: Store, run_id: str, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="has no layer graph"):
+    with pytest.raises(InvalidInputError, match="has no layer graph"):
         store.graph(run_id)
     assert not store.run(run_id).has_graph
     store.put_graph(run_id, GRAPH)

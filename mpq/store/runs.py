@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, insert, select, true, update
 from sqlalchemy.orm import Session
 
-from mpq.core.errors import InvalidInputError, MpqError, StorageError
+from mpq.core.errors import InvalidInputError, MpqError
 from mpq.core.jobs import JobSpec, RunState, check_transition
 from mpq.store.models import RunRow
 from mpq.store.records import RunRecord
@@ -97,14 +97,15 @@ def _records(
     return [RunRecord(**{**row, "state": RunState(row["state"])}) for row in rows]
 
 
-def resolve(session: Session, text: str) -> str:
+def resolve(session: Session, text: str, state: RunState | None = None) -> str:
     """Return the id that an id, "latest", the name of a run or the start of an id stands for.
 
-    Of several runs with the name it is the newest. Raises InvalidInputError (`unknown_run`,
-    `ambiguous_run`).
+    Of several runs with the name it is the newest; names and "latest" stand for runs in `state`
+    where there is one. Raises InvalidInputError (`unknown_run`, `ambiguous_run`).
     """
     newest_first = select(RunRow.id).order_by(*_NEWEST)
-    exact = [RunRow.id == text, RunRow.name == text] if text != "latest" else [true()]
+    named = true() if text == "latest" else RunRow.name == text
+    exact = [RunRow.id == text, *([named & (RunRow.state == state)] if state else []), named]
     for wanted in exact if text else ():
         found = session.scalars(newest_first.where(wanted).limit(1)).first()
         if found is not None:
@@ -141,4 +142,4 @@ def unknown_run(session: Session, text: str) -> InvalidInputError:
 def not_stored(session: Session, run_id: str, what: str) -> MpqError:
     """Return the error for a part of a run that is not there, or for a run that is not."""
     require(session, run_id)
-    return StorageError("not_stored", f"run {run_id} has no {what}: it did not get that far")
+    return InvalidInputError("not_stored", f"run {run_id} has no {what}: it did not get that far")

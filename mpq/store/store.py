@@ -137,10 +137,13 @@ class Store:
         with self._read() as session:
             return runs.newest(session, equal, limit)
 
-    def resolve_run(self, text: str) -> str:
-        """Return the id that an id, its unique start, a run's name or "latest" stands for."""
+    def resolve_run(self, text: str, state: RunState | None = None) -> str:
+        """Return the id that an id, its unique start, a run's name or "latest" stands for.
+
+        Names and "latest" prefer runs in `state`.
+        """
         with self._read() as session:
-            return runs.resolve(session, text)
+            return runs.resolve(session, text, state)
 
     def put_graph(self, run_id: str, graph: LayerGraph) -> None:
         """Keep the network of a run."""
