@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq.core.errors import InvalidInputError, StorageError
+from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import Evaluation
 from mpq.core.formats import Format, Scheme, parse_scheme
 from mpq.core.jobs import JobSpec
@@ -209,7 +209,7 @@ def test_scheme_without_text_is_refused(store: Store, run_id: str) -> None:
     table = SensitivityTable.from_cells("gauss_newton", {("u", odd): 1.0})
     with pytest.raises(InvalidInputError, match="means another scheme"):
         store.put_sensitivity(run_id, table)
-    with pytest.raises(StorageError):
+    with pytest.raises(InvalidInputError):
         store.sensitivity(run_id)
 
 
