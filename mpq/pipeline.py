@@ -17,7 +17,7 @@ from torch import nn
 from mpq.candidates import Proposal, best, propose
 from mpq.choices import scheme_texts
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
-from mpq.core.evaluation import Evaluation
+from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.protocols import Executor
@@ -30,7 +30,7 @@ from mpq.nn.shipping import ship
 from mpq.nn.workload import Workload
 from mpq.progress import Bars, Progress, Silent
 from mpq.refine import Relinearise, refine
-from mpq.result import CHOSEN, SearchResult
+from mpq.result import SearchResult
 from mpq.scoring import relinearise, score, search_ranges
 from mpq.store.store import Store, open_store
 from solvers import solve

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mpq.core.evaluation import Evaluation
+from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Frontier, Problem, Solution
 from mpq.core.quantities import quantity
 from mpq.core.tables import CostTable
 from mpq.result import SearchResult
 from mpq.store.store import Store
-from mpq.tables import DIVERGENCE_NAMES, in_order
 
 _SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J": (1e-3, "mJ")}
 # Blue to yellow: tells bits apart without red and green, and in print.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.evaluation import Evaluation
+from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation, Budget, BudgetText, Frontier, Problem, Solution
@@ -16,8 +16,6 @@ from mpq.store.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
-
-CHOSEN = "chosen"  # label of the solution and evaluations of the returned allocation
 
 
 def resolve_budgets(problem: Problem, budgets: Sequence[str | Budget]) -> Problem:
@@ -118,12 +116,3 @@ class SearchResult:
         from mpq.report import write_report
 
         return write_report(self.store, self.run_id, Path(path))
-
-
-def uniform_evaluations(evaluations: Sequence[Evaluation], split: str) -> list[Evaluation]:
-    """Return the uniform schemes that were measured on a split, best first."""
-    found = [e for e in evaluations if e.split == split and e.candidate.startswith("uniform ")]
-    return sorted(found, key=lambda evaluation: evaluation.mean)
-
-
-__all__ = ["CHOSEN", "SearchResult", "resolve_budgets", "solve_stored", "uniform_evaluations"]

@@ -10,18 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mpq.core.errors import InfeasibleError
-from mpq.core.evaluation import Evaluation
+from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity
-from mpq.result import CHOSEN
 from mpq.store.store import Store
-
-DIVERGENCE_NAMES = {
-    "kl": "KL to original",
-    "cosine": "1 - cosine to original",
-    "mse": "squared error to original",
-}
 
 
 def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
@@ -176,11 +169,6 @@ def _budget_table(problem: Problem, solution: Solution) -> Table:
     proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
     table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
     return table
-
-
-def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return evaluations by split, the chosen allocation first, then the best."""
-    return sorted(evaluations, key=lambda e: (e.split, e.candidate != CHOSEN, e.mean))
 
 
 def _measured_table(problem: Problem, evaluations: Sequence[Evaluation]) -> Table:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import mpq
+from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import RunState
 from mpq.nn.quantizers import WeightQuantizer
-from mpq.result import CHOSEN, SearchResult
+from mpq.result import SearchResult
 from mpq.store.store import Store, open_store
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpq.core.problem import Allocation
+
+CHOSEN = "chosen"  # the candidate that a search returns
+DIVERGENCE_NAMES = {
+    "kl": "KL to original",
+    "cosine": "1 - cosine to original",
+    "mse": "squared error to original",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +37,8 @@ class Evaluation:
     predicted_bytes: int | None = None
     measured_bytes: int | None = None
     seconds: float = 0.0
+
+
+def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return evaluations by split, the chosen allocation first, then the best."""
+    return sorted(evaluations, key=lambda e: (e.split, e.candidate != CHOSEN, e.mean))
