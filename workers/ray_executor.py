@@ -7,9 +7,9 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from mpq.core.errors import RunFailedError
+from mpq.core.errors import RunFailedError, StorageError
 from workers.errors import told
 
 State = TypeVar("State")
@@ -17,6 +17,12 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _TRIES = 3  # of a task whose worker process died
+_PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
+
+
+class _Process(NamedTuple):
+    actor: Any
+    started: Any  # a reference that is ready once the process runs
 
 
 class RayExecutor:
@@ -30,7 +36,7 @@ class RayExecutor:
         self._num_workers = num_workers or os.cpu_count() or 1
         self._setup: Callable[[], Any] | None = None
         self._setup_reference: Any = None
-        self._idle: list[Any] = []
+        self._idle: list[_Process] = []
 
     def map(
         self,
@@ -54,22 +60,29 @@ class RayExecutor:
         fn_reference = ray.put(fn)
         # A worker takes one CPU: more of them than Ray has would wait for ever.
         limit = max(1, min(self._num_workers, int(ray.cluster_resources().get("CPU", 1))))
-        running: dict[Any, tuple[int, Item, Any]] = {}
+        running: dict[Any, tuple[int, Item, _Process]] = {}
         tries: Counter[int] = Counter()
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
                     position, item = waiting.popleft()
-                    worker = self._idle.pop() if self._idle else self._new_worker(ray)
-                    running[worker.run.remote(fn_reference, position, item)] = (
-                        position,
-                        item,
-                        worker,
-                    )
-                (done,), _ = ray.wait(list(running), num_returns=1)
-                position, item, worker = running.pop(done)
+                    process = self._idle.pop() if self._idle else self._new_process(ray)
+                    task = process.actor.run.remote(fn_reference, position, item)
+                    running[task] = (position, item, process)
+                done, _ = ray.wait(list(running), num_returns=1, timeout=_PATIENCE_S)
+                if not done:
+                    stuck = _not_started(ray, running)
+                    if len(stuck) == len(running) and not self._idle:
+                        raise _no_resources(ray)
+                    limit -= len(stuck)
+                    for task in stuck:
+                        position, item, process = running.pop(task)
+                        ray.kill(process.actor)
+                        waiting.appendleft((position, item))
+                    continue
+                position, item, process = running.pop(done[0])
                 try:
-                    result = ray.get(done)
+                    result = ray.get(done[0])
                 except ray.exceptions.RayActorError as error:
                     tries[position] += 1
                     if tries[position] == _TRIES:
@@ -81,25 +94,26 @@ class RayExecutor:
                     waiting.appendleft((position, item))
                     continue
                 except ray.exceptions.RayTaskError as error:
-                    self._idle.append(worker)
+                    self._idle.append(process)
                     raise error.cause from error
-                self._idle.append(worker)
+                self._idle.append(process)
                 yield position, result
         finally:
-            for _, _, worker in running.values():  # stopped midway: their results are not wanted
-                ray.kill(worker)
+            for _, _, process in running.values():  # stopped midway: their results are not wanted
+                ray.kill(process.actor)
 
     def close(self) -> None:
         """End the worker processes; the local Ray stays for the next executor."""
         if self._idle:
             import ray
 
-            for worker in self._idle:
-                ray.kill(worker)
+            for process in self._idle:
+                ray.kill(process.actor)
         self._idle, self._setup, self._setup_reference = [], None, None
 
-    def _new_worker(self, ray: Any) -> Any:
-        return ray.remote(num_cpus=1)(_Worker).remote(self._setup_reference)
+    def _new_process(self, ray: Any) -> _Process:
+        actor = ray.remote(num_cpus=1)(_Worker).remote(self._setup_reference)
+        return _Process(actor, actor.started.remote())
 
 
 class _Worker:
@@ -109,12 +123,34 @@ class _Worker:
         self._setup = setup
         self._state: tuple[Any] | None = None
 
+    def started(self) -> bool:
+        return True
+
     def run(self, fn: Callable[[Any, Any], Any], position: int, item: Any) -> Any:
         if self._state is None:  # here and not in __init__, so that its errors come back as such
             with told("setting up"):
                 self._state = (self._setup(),)
         with told(f"task {position}"):
             return fn(self._state[0], item)
+
+
+def _not_started(ray: Any, running: dict[Any, tuple[int, Item, _Process]]) -> list[Any]:
+    """Return the tasks whose processes still wait for a CPU."""
+    return [
+        task
+        for task, (_, _, process) in running.items()
+        if not ray.wait([process.started], timeout=0)[0]
+    ]
+
+
+def _no_resources(ray: Any) -> StorageError:
+    return StorageError(
+        "no_resources",
+        f"no worker started in {_PATIENCE_S:.0f} s: each takes one CPU, Ray has "
+        f"{ray.cluster_resources().get('CPU', 0):g} of which "
+        f"{ray.available_resources().get('CPU', 0):g} are free; end what holds them or use "
+        f"executor='serial'",
+    )
 
 
 def _connected(num_cpus: int) -> Any:
