@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
+from mpq.core.quantities import quantity
 from mpq.core.tables import Cells, CostTable, Responses
 from tests.builders import cells, cost, problem, schemes, sensitivity
 
@@ -178,6 +179,15 @@ def test_a_cost_in_a_unit_of_its_own_takes_percentages() -> None:
 def test_a_budget_reads_back_from_its_text(cost_name: str, limit: float, kind: type) -> None:
     text = budget_text(Budget(cost_name, kind(limit)))
     assert BudgetText.parse(text).resolve(COSTS).limit == limit
+
+
+@given(st.floats(min_value=1e-5, max_value=1e14), st.sampled_from(["bytes", "s", "bitops", "J"]))
+def test_a_printed_limit_can_be_written_as_a_budget_and_suffices(value: float, unit: str) -> None:
+    name = {"bytes": "memory", "s": "latency", "bitops": "bops", "J": "energy"}[unit]
+    printed = quantity(value, unit, up=True)
+    limit = BudgetText.parse(f"{name} <= {printed}").resolve(COSTS).limit
+    assert limit >= value * (1 - 1e-15)
+    assert limit <= max(value * 1.002, 1.0 if unit in ("bytes", "bitops") else 0.0)
 
 
 def test_only_known_costs_have_a_text() -> None:

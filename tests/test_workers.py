@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -203,6 +204,12 @@ def test_an_executor_works_on_after_close(executor: Executor) -> None:
     executor.close()
     executor.close()
     assert list(executor.map(NOTHING, square(), [3])) == [(0, 9)]
+
+
+@pytest.mark.parametrize("kind", [MpqError, *MpqError.__subclasses__()])
+def test_errors_travel_between_processes(kind: type[MpqError]) -> None:
+    arrived = pickle.loads(pickle.dumps(kind("slug", "what happened")))
+    assert (type(arrived), arrived.code, str(arrived)) == (kind, "slug", "what happened")
 
 
 def test_an_unknown_executor_gets_the_nearest_one() -> None:
