@@ -192,13 +192,18 @@ def test_mse_clipping_is_never_worse_than_the_whole_range(text: str, kind: str) 
     assert (clipped <= squared_error(weight, text, "minmax", axis) * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("text", ["int1", "int2", "int3", "int4", "int2a", "int4a", "int8"])
+# At 8 bits clipping hardly pays and the error jumps about with the factor, so that the best of
+# many factors is the luckiest one.
+SLACK = dict.fromkeys(["int1", "int2", "int3", "int4", "int2a", "int4a"], 1.01) | {"int8": 1.08}
+
+
+@pytest.mark.parametrize("text", SLACK)
 def test_mse_clipping_is_close_to_the_best_of_a_fine_grid(text: str) -> None:
     weight = torch.randn(12, 48, generator=torch.Generator().manual_seed(2))
     weight[:, 0] *= 4  # outliers, so that clipping pays
     factors = np.linspace(0.2, 1.0, 161)
     best = sum(fine_clip_error(list(row), parse_format(text), factors) for row in weight.numpy())
-    assert float(squared_error(weight, text, "mse").sum()) <= 1.05 * best
+    assert float(squared_error(weight, text, "mse").sum()) <= SLACK[text] * best
 
 
 def test_clipping_ranges_are_searched_once_and_travel_along() -> None:
