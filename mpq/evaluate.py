@@ -70,7 +70,10 @@ def measure(bench: Bench, candidate: Candidate) -> Evaluation:
         evaluating(workload.model),
         torch.no_grad(),
         quantized(
-            workload.model, schemes, quantizer=workload.quantizer, limits=workload.limits
+            workload.model,
+            schemes,
+            quantizer=workload.quantizer,
+            limits=workload.graph.input_ranges,
         ) as model,
     ):
         per_sample = torch.cat(

@@ -15,7 +15,7 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.models import load_batches, load_function, load_model
 from mpq.nn.batches import Batch, check_batches, checked_call, cut
-from mpq.nn.calibrate import input_limits
+from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest
 from mpq.nn.graph import build_graph
@@ -81,6 +81,8 @@ def make_workload(
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes
     )
+    if quantizes_inputs:
+        graph = with_input_ranges(given.model, graph, given.calibration)
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
@@ -95,7 +97,6 @@ def make_workload(
         held_out=given.held_out,
         divergence=divergence,
         quantizer=WeightQuantizer(spec.clip),
-        limits=input_limits(given.model, graph, given.calibration) if quantizes_inputs else {},
         loss=given.loss,
         evaluate=given.evaluate,
         seed=spec.seed,

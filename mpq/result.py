@@ -109,7 +109,12 @@ class SearchResult:
         from mpq.nn.quantizers import WeightQuantizer
 
         spec = self.store.run(self.run_id).spec
-        return quantized(model, self.allocation, quantizer=WeightQuantizer(spec.clip))
+        return quantized(
+            model,
+            self.allocation,
+            quantizer=WeightQuantizer(spec.clip),
+            limits=self.graph.input_ranges,
+        )
 
     def report(self, path: str | Path) -> Path:
         """Write the HTML page of this run."""

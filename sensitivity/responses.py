@@ -87,7 +87,7 @@ def _responses(
             original = workload.output(number, batch)
     calls = _Calls(workload)
     with (
-        quantized(workload.model, schemes, quantizer=workload.quantizer, limits=workload.limits),
+        quantized(workload.model, schemes, quantizer=workload.quantizer, limits=workload.graph.input_ranges),
         calls,
         torch.enable_grad(),
     ):
@@ -206,7 +206,7 @@ class _Change:
         self._module = module
         self._choices = choices
         self._base = base
-        self._limit = workload.limits.get(layer.name)
+        self._limit = layer.input_range
         weight = module._parameters["weight"]
         assert weight is not None
         own = weight.detach()

@@ -16,6 +16,7 @@ from torch import nn
 import mpq
 from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import RunState
+from mpq.nn.divergence import OutputDivergence
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.result import SearchResult
 from mpq.store.store import Store, open_store
@@ -256,3 +257,23 @@ def test_the_page_stands_alone_and_names_everything(store: Store, tmp_path: Path
         assert layer in page
     head = page[: page.index("<body")]
     assert "http" not in head
+
+
+def test_static_ranges_of_convolutions_are_kept_with_the_run(store: Store) -> None:
+    result = search(store, schemes=["int8:int8"], budgets=["memory <= 60%"], refine_steps=0)
+    again = SearchResult(store, result.run_id)
+    batches = make_images(3, 0)
+    low, high = again.graph.input_ranges["conv"]
+    assert low == pytest.approx(min(float(b.min()) for b in batches))
+    assert high == pytest.approx(max(float(b.max()) for b in batches))
+    assert "hidden" not in again.graph.input_ranges  # linear kernels are dynamic
+    (measured,) = [
+        e for e in result.evaluation if e.candidate == CHOSEN and e.split == "calibration"
+    ]
+    model = make_net()
+    with torch.no_grad(), again.apply(model) as quantized:
+        outputs = torch.cat([quantized(b) for b in batches])
+    with torch.no_grad():
+        original = torch.cat([model(b) for b in batches])
+    divergence = OutputDivergence("kl").between(original, outputs).mean()
+    assert float(divergence) == pytest.approx(measured.mean, rel=1e-9)

@@ -29,7 +29,8 @@ class Layer:
     Shapes are those of its first call on the sample, batch dimension included; `macs` counts
     the multiply-accumulates of all its calls on the whole sample. `order` is the place of the
     first call in the forward pass (-1: never called). `weight_id` is the name of the parameter
-    that holds the weight: layers with the same one are tied and stored once.
+    that holds the weight: layers with the same one are tied and stored once. `input_range` is the
+    smallest and largest input on calibration data, where a kernel needs a static one.
     """
 
     name: LayerName
@@ -43,6 +44,7 @@ class Layer:
     calls: int
     order: int
     convolution: Convolution | None = None
+    input_range: tuple[float, float] | None = None
 
     @property
     def channel_axis(self) -> int:
@@ -92,6 +94,12 @@ class LayerGraph:
     def by_name(self) -> Mapping[LayerName, Layer]:
         """Layers by name."""
         return {layer.name: layer for layer in self.layers}
+
+    @property
+    def input_ranges(self) -> Mapping[LayerName, tuple[float, float]]:
+        """Calibrated input ranges of the layers that have one."""
+        ranges = {layer.name: layer.input_range for layer in self.layers}
+        return {name: limits for name, limits in ranges.items() if limits is not None}
 
     def stored_layers(self, unit: Unit) -> tuple[Layer, ...]:
         """Return the layers of a unit, one for each weight that is really stored."""

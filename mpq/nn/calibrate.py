@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,21 +11,25 @@ from torch.utils.hooks import RemovableHandle
 
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.nn.batches import Batch, checked_call
-from mpq.nn.patch import Limits, evaluating
+from mpq.nn.patch import evaluating
 
 
-def input_limits(model: nn.Module, graph: LayerGraph, batches: Sequence[Batch]) -> Limits:
-    """Return (smallest, largest) input of each searched convolution over all batches.
+def with_input_ranges(model: nn.Module, graph: LayerGraph, batches: Sequence[Batch]) -> LayerGraph:
+    """Return the graph with the smallest and largest input of each searched convolution.
 
     Integer convolution kernels take static ranges; those of linear layers are dynamic and need
     no calibration. Costs one forward pass over the batches.
     """
     kinds = graph.by_name
     names = [n for u in graph.units for n in u.layers if kinds[n].kind.startswith("conv")]
-    return _min_max(model, names, batches)
+    ranges = _min_max(model, names, batches)
+    layers = (replace(layer, input_range=ranges.get(layer.name)) for layer in graph.layers)
+    return replace(graph, layers=tuple(layers))
 
 
-def _min_max(model: nn.Module, names: Iterable[LayerName], batches: Sequence[Batch]) -> Limits:
+def _min_max(
+    model: nn.Module, names: Iterable[LayerName], batches: Sequence[Batch]
+) -> dict[LayerName, tuple[float, float]]:
     limits: dict[LayerName, tuple[float, float]] = {}
     modules = dict(model.named_modules())
 

@@ -15,7 +15,6 @@ from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
 from mpq.nn.batches import Batch, checked_call
 from mpq.nn.divergence import OutputDivergence
-from mpq.nn.patch import Limits
 from mpq.nn.quantizers import WeightQuantizer
 
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -37,7 +36,6 @@ class Workload:
     held_out: tuple[Batch, ...]
     divergence: OutputDivergence
     quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
-    limits: Limits = field(default_factory=dict)
     loss: Loss | None = None
     evaluate: Evaluate | None = None
     seed: int = 0
