@@ -10,7 +10,7 @@ import torch
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
 from mpq.nn.batches import call, checked_call, position_mask
-from mpq.nn.patch import evaluating, quantized
+from mpq.nn.patch import evaluating
 from mpq.nn.shipping import ShippedWorkload
 from mpq.nn.workload import Workload
 
@@ -65,16 +65,10 @@ def measure(bench: Bench, candidate: Candidate) -> Evaluation:
     started = time.perf_counter()
     workload = bench.workload
     references = bench.references(candidate.split)
-    schemes = workload.layer_schemes(candidate.allocation) if candidate.allocation else {}
     with (
         evaluating(workload.model),
         torch.no_grad(),
-        quantized(
-            workload.model,
-            schemes,
-            quantizer=workload.quantizer,
-            limits=workload.graph.input_ranges,
-        ) as model,
+        workload.quantized_as(candidate.allocation) as model,
     ):
         per_sample = torch.cat(
             [

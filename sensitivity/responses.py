@@ -33,7 +33,7 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import Layer, LayerName
 from mpq.core.problem import Allocation
 from mpq.nn.batches import Batch, cut, num_samples, position_mask
-from mpq.nn.patch import evaluating, frozen, quantized
+from mpq.nn.patch import evaluating, frozen
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
 from mpq.nn.workload import Workload
@@ -87,7 +87,7 @@ def _responses(
             original = workload.output(number, batch)
     calls = _Calls(workload)
     with (
-        quantized(workload.model, schemes, quantizer=workload.quantizer, limits=workload.graph.input_ranges),
+        workload.quantized_as(base or Allocation({})),
         calls,
         torch.enable_grad(),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
 from mpq.nn.batches import Batch, checked_call
 from mpq.nn.divergence import OutputDivergence
+from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer
 
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -46,6 +48,15 @@ class Workload:
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
         """Return the scheme of each layer under an allocation of units."""
         return {layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers}
+
+    def quantized_as(self, allocation: Allocation) -> AbstractContextManager[nn.Module]:
+        """Return a context in which the network runs as `allocation`; an empty one: as it is."""
+        return quantized(
+            self.model,
+            self.layer_schemes(allocation) if allocation else {},
+            quantizer=self.quantizer,
+            limits=self.graph.input_ranges,
+        )
 
     def output(self, number: int, batch: Batch) -> torch.Tensor:
         """Run the model on calibration batch `number` or a part of it."""
