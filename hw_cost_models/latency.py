@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from hw_cost_models.measured.capability import default_schemes, kernel_for, why_no_kernel
+from hw_cost_models.measured.capability import kernel_for
 from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.onnxruntime import OnnxRuntime
 from hw_cost_models.measured.protocol import Stopwatch
@@ -19,23 +19,6 @@ from mpq.core.tables import Cells, CostTable
 
 _NATIVE = Scheme(FP32)
 _TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory they hold
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A scheme that a unit cannot take on this machine, and why."""
-
-    unit: UnitName
-    scheme: Scheme
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Runnable:
-    """The schemes with a real kernel for every layer of each unit, and what was left out."""
-
-    schemes: Mapping[UnitName, tuple[Scheme, ...]]
-    left_out: tuple[LeftOut, ...]
 
 
 class MeasuredLatency:
@@ -71,26 +54,6 @@ class MeasuredLatency:
         self._progress = progress
         self._stopwatch = stopwatch or Stopwatch(budget_s=budget_s, seed=seed)
 
-    def choices(self, graph: LayerGraph, schemes: Sequence[Scheme] | None = None) -> Runnable:
-        """Return which of `schemes` each unit can run here, and the rest with reasons.
-
-        Without `schemes`: what this machine is good at, by the kinds of a unit's layers. A unit
-        takes a scheme only if each of its layers has a kernel for it.
-        """
-        runnable: dict[UnitName, tuple[Scheme, ...]] = {}
-        left_out: list[LeftOut] = []
-        for unit, layers in _layers_by_unit(graph).items():
-            wanted = schemes or dict.fromkeys(s for la in layers for s in default_schemes(la))
-            takes = []
-            for scheme in wanted:
-                reasons = [r for layer in layers if (r := why_no_kernel(layer, scheme))]
-                if reasons:
-                    left_out.append(LeftOut(unit, scheme, reasons[0]))
-                else:
-                    takes.append(scheme)
-            runnable[unit] = tuple(takes)
-        return Runnable(runnable, tuple(left_out))
-
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the seconds of every cell with 95 % confidence limits.
 
@@ -98,8 +61,7 @@ class MeasuredLatency:
         is common to all kernels. `fixed` is the fp32 time of layers outside the search that have
         a kernel (nothing else of the network: norms, softmax, attention products), `baseline`
         that of all layers. A layer that is called several times counts with the shape of its
-        first call. Raises InvalidInputError (`no_kernel`) for a cell without a real kernel: ask
-        `choices` first.
+        first call. Raises InvalidInputError (`no_kernel`) for a cell without a real kernel.
         """
         units = _layers_by_unit(graph)
         searched = {layer.name for layers in units.values() for layer in layers}

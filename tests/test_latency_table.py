@@ -212,32 +212,6 @@ def test_large_tables_are_measured_in_parts_that_share_the_budget() -> None:
     assert len(CountingStopwatch.seen) == 30
 
 
-def test_choices_are_what_all_layers_of_a_unit_can_run() -> None:
-    runnable = MeasuredLatency().choices(network(), [FP32, INT8, INT4, parse_scheme("int3")])
-    assert runnable.schemes == {
-        "qk": (FP32, INT8, INT4),
-        "twice": (FP32, INT8, INT4),
-        "mixed": (FP32, INT8),
-    }
-    left_out = {(left.unit, str(left.scheme)): left.reason for left in runnable.left_out}
-    assert set(left_out) == {
-        ("qk", "int3"),
-        ("twice", "int3"),
-        ("mixed", "int3"),
-        ("mixed", "int4g32"),
-    }
-    assert "conv2d" in left_out["mixed", "int4g32"]
-    assert all(left_out.values())
-
-
-def test_without_schemes_the_choices_are_the_defaults() -> None:
-    runnable = MeasuredLatency().choices(network())
-    assert [str(s) for s in runnable.schemes["qk"]] == [
-        *("fp32", "int8:int8", "int8g64", "int4g64", "int4g32", "int2g32a")
-    ]
-    assert [str(s) for s in runnable.schemes["mixed"]] == ["fp32", "int8:int8"]
-
-
 def test_a_cell_without_a_kernel_is_refused_and_not_estimated() -> None:
     cells = Cells(units=("mixed",), schemes=((INT4,),))
     with pytest.raises(InvalidInputError, match="no kernel quantizes the weights of conv2d alone"):
