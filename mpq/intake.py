@@ -17,7 +17,7 @@ from mpq.models import load_batches, load_function, load_model
 from mpq.nn.batches import Batch, check_batches, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.divergence import OutputDivergence, detect
-from mpq.nn.fingerprint import batches_digest, digest, model_digest
+from mpq.nn.fingerprint import batches_digest, digest, model_digest, output_digest
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating
 from mpq.nn.quantizers import WeightQuantizer
@@ -86,6 +86,8 @@ def make_workload(
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
+        output_digest(output),
+        graph.input_ranges,
         divergence.kind,
         spec.clip,
     )

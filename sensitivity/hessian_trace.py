@@ -22,7 +22,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, SensitivityTable
 from mpq.nn.batches import position_mask
-from mpq.nn.fingerprint import digest
+from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.patch import evaluating, frozen
 from mpq.nn.workload import Workload
 
@@ -37,7 +37,7 @@ class HessianTrace:
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per unit; its key holds model, data, cells, probes, loss and seed."""
-        loss = workload.loss and f"{workload.loss.__module__}.{workload.loss.__qualname__}"
+        loss = function_digest(workload.loss)
         probes = (workload.num_probes, workload.seed)
         setting = (self.name, _VERSION, workload.key, workload.batch_keys, loss, probes)
         return [

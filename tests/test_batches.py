@@ -12,6 +12,7 @@ from mpq.nn.batches import (
     arguments,
     call,
     check_batches,
+    checked_call,
     cut,
     describe,
     num_samples,
@@ -192,3 +193,23 @@ def test_batches_may_come_from_a_generator() -> None:
 )
 def test_a_batch_is_described_by_its_shapes(batch: object, text: str) -> None:
     assert describe(batch) == text
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 5), {"x": X}, (torch.zeros(2, 5), Y)])
+def test_a_batch_that_does_not_fit_is_named_with_its_shapes(batch: object) -> None:
+    with pytest.raises(InvalidInputError, match="cannot run calibration batch 3") as caught:
+        checked_call(mlp(3), batch, "calibration batch 3")
+    assert caught.value.code == "batch_mismatch"
+    assert describe(batch) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_is_not_finite_is_refused_by_batch() -> None:
+    with pytest.raises(InvalidInputError, match="calibration batch 3.* is not finite") as caught:
+        checked_call(mlp(3), X * float("nan"), "calibration batch 3")
+    assert caught.value.code == "output_not_finite"
+
+
+def test_a_batch_that_fits_gives_its_output() -> None:
+    model = mlp(3)
+    assert torch.equal(checked_call(model, X, "batch"), model(X))

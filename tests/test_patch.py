@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_format
+from mpq.core.problem import Allocation
 from mpq.nn.batches import call
-from mpq.nn.calibrate import input_limits
+from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating, frozen, quantized
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation, quantize_weight
-from tests.builders import CASES, Decoder, Recurrent, case, conv_net, mlp, schemes
+from tests.builders import CASES, Decoder, Recurrent, case, conv_net, mlp, schemes, workload
 
 INT4, INT8, INT2 = schemes("int4", "int8:int8", "int2:int4s")
 
@@ -145,14 +148,32 @@ def test_inputs_with_limits_are_quantized_in_them() -> None:
         assert torch.equal(model(x), nn.functional.linear(seen, model[0].weight, model[0].bias))
 
 
-def test_limits_are_those_of_convolution_inputs_and_hold_zero() -> None:
+def test_input_ranges_are_those_of_convolutions_and_hold_zero() -> None:
     model, sample = case("conv")
     graph = build_graph(model, sample)
     before = state(model)
-    limits = input_limits(model, graph, [sample.abs() + 1, sample.abs() + 2])
-    assert limits["0"] == (0.0, float(sample.abs().max() + 2))
-    assert set(limits) == {"0", "3", "4", "6"}
+    ranges = with_input_ranges(model, graph, [sample.abs() + 1, sample.abs() + 2]).input_ranges
+    assert ranges["0"] == (0.0, float((sample.abs() + 2).max()))
+    assert set(ranges) == {"0", "3", "4", "6"}
     assert state(model) == before
+
+
+def test_a_workload_runs_as_an_allocation_with_its_ranges() -> None:
+    model, sample = case("conv")
+    given = workload(model, [sample])
+    given = replace(given, graph=with_input_ranges(model, given.graph, [sample / 4]))
+    allocation = Allocation(dict.fromkeys(given.cells.units, INT8))
+    with evaluating(model):
+        plain = call(model, sample)
+        with given.quantized_as(Allocation({})):
+            assert torch.equal(call(model, sample), plain)
+        layers, ranges = given.layer_schemes(allocation), given.graph.input_ranges
+        with quantized(model, layers, limits=ranges):
+            expected = call(model, sample)
+        with given.quantized_as(allocation):
+            assert torch.equal(call(model, sample), expected)
+        with quantized(model, layers):
+            assert not torch.equal(call(model, sample), expected)
 
 
 def test_a_tied_weight_is_replaced_everywhere() -> None:

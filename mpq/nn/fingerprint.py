@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -47,14 +49,48 @@ def _feed(state: Any, part: object) -> None:
 def model_digest(model: nn.Module) -> str:
     """Return the key of a network: its module types, their settings and every stored tensor.
 
-    Two modules of one type may compute differently only through what `extra_repr` shows, their
-    tensors, and the code of the class; the code is named, not read.
+    The code of a module is named, not read: see `output_digest` for what it does.
     """
     structure = [
         (name, f"{type(module).__module__}.{type(module).__qualname__}", module.extra_repr())
         for name, module in model.named_modules()
     ]
     return digest(structure, dict(model.state_dict()), torch.__version__)
+
+
+def output_digest(output: torch.Tensor) -> str:
+    """Return the key of what a network does: its output, to three digits of the largest value.
+
+    Changed code with the same weights gives another output. Coarse, so that another number of
+    threads does not.
+    """
+    largest = output.detach().abs().max().clamp_min(1e-30)
+    return digest((output.detach() / largest).double().round(decimals=3) + 0.0)
+
+
+def function_digest(function: Callable[..., Any] | None) -> str:
+    """Return the key of a function: its name, code, constants and defaults.
+
+    What it calls is not followed. A callable without code of its own never has the same key
+    twice, so nothing stale is served for it.
+    """
+    if function is None:
+        return ""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return uuid.uuid4().hex
+    name = f"{function.__module__}.{function.__qualname__}"
+    closed = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
+    defaults = (repr(function.__defaults__), repr(function.__kwdefaults__))
+    return digest(name, code.co_code.hex(), repr(code.co_names), _constants(code), closed, defaults)
+
+
+def _constants(code: CodeType) -> list[str]:
+    """Return constants as texts; inner functions by their code, not by their address."""
+    return [
+        digest(c.co_code.hex(), _constants(c)) if isinstance(c, CodeType) else repr(c)
+        for c in code.co_consts
+    ]
 
 
 def batches_digest(batches: tuple[Batch, ...]) -> tuple[str, ...]:
