@@ -46,7 +46,7 @@ def run_here(
 ) -> None:
     """Search here and now, print the answer and write its HTML page."""
     from mpq.jobfile import load_job
-    from mpq.tables import print_run
+    from mpq.terminal import print_run
 
     changes = {"budgets": budget, "executor": executor}
     spec = load_job(job, {key: value for key, value in changes.items() if value})
@@ -64,7 +64,7 @@ def run_here(
 def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
     """Print a stored run: budgets, the chosen schemes, predicted against measured."""
     from mpq.store.store import open_store
-    from mpq.tables import print_run
+    from mpq.terminal import print_run
 
     with open_store(storage) as store:
         print_run(store, store.resolve_run(run), as_json)
@@ -74,7 +74,7 @@ def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = Fal
 def list_runs(storage: Storage = None, limit: int = 20, as_json: AsJson = False) -> None:
     """Print the newest runs."""
     from mpq.store.store import open_store
-    from mpq.tables import print_runs
+    from mpq.terminal import print_runs
 
     with open_store(storage) as store:
         print_runs(store, limit, as_json)
@@ -99,7 +99,7 @@ def solve_again(
     from mpq.core.jobs import RunState
     from mpq.result import parse_pins, solve_stored
     from mpq.store.store import open_store
-    from mpq.tables import print_solution
+    from mpq.terminal import print_solution
 
     texts = list(budget or [])
     texts += [f"{name} <= {v}" for name, v in (("memory", memory), ("latency", latency)) if v]
