@@ -205,7 +205,7 @@ def test_a_batch_that_does_not_fit_is_named_with_its_shapes(batch: object) -> No
 
 
 def test_an_output_that_is_not_finite_is_refused_by_batch() -> None:
-    with pytest.raises(InvalidInputError, match="calibration batch 3.* is not finite") as caught:
+    with pytest.raises(InvalidInputError, match=r"calibration batch 3.* is not finite") as caught:
         checked_call(mlp(3), X * float("nan"), "calibration batch 3")
     assert caught.value.code == "output_not_finite"
 
