@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -126,6 +127,34 @@ class Recurrent(nn.Module):
         for _ in range(self.times):
             x = torch.tanh(self.cell(x))
         return self.head(self.twin(x))
+
+
+class Shuffled(nn.Module):
+    """Modules are called in another order than they are registered in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first, self.never = nn.Linear(6, 2), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(self.first(x)))
+
+
+class Experts(nn.Module):
+    """Expert weights in one 3-D parameter, a module without weights, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 2)
+        self.experts = nn.Parameter(torch.randn(2, 6, 6))
+        self.pass_through = nn.Identity()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that there is nothing to initialise
+            self.empty, self.narrow = nn.Linear(4, 0), nn.Linear(0, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.router(x).softmax(-1)
+        return torch.einsum("ne,ni,eio->no", chosen, self.pass_through(x), self.experts)
 
 
 def tokens(samples: int = 2, length: int = 5) -> dict[str, torch.Tensor]:

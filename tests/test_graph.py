@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +9,18 @@ from torch import nn
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerGraph
 from mpq.nn.graph import build_graph
-from tests.builders import CASES, Block, Decoder, Recurrent, case, conv_net, mlp, tokens
+from tests.builders import (
+    CASES,
+    Block,
+    Decoder,
+    Experts,
+    Recurrent,
+    Shuffled,
+    case,
+    conv_net,
+    mlp,
+    tokens,
+)
 from tests.oracles import hooked_macs, stored_tensors, traced_macs
 
 X = torch.randn(4, 6)
@@ -73,17 +83,6 @@ def test_padding_given_by_name_is_told_in_numbers() -> None:
 def test_calls_of_a_shared_module_are_counted(times: int) -> None:
     found = build_graph(Recurrent(times=times), torch.randn(3, 4)).by_name["cell"]
     assert (found.calls, found.macs) == (times, times * 3 * 4 * 4)
-
-
-class Shuffled(nn.Module):
-    """Modules are called in another order than they are registered in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last, self.first, self.never = nn.Linear(6, 2), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.first(self.first(x)))
 
 
 def test_layers_are_in_execution_order_and_those_never_called_come_last() -> None:
@@ -236,23 +235,6 @@ def test_a_head_tied_to_an_embedding_is_one_unit_with_it_when_asked() -> None:
     graph = build_graph(Decoder(), tokens(), embeddings=True)
     assert graph.units[0].layers == ("embed", "lm_head")
     assert len(graph.stored_layers(graph.units[0])) == 1
-
-
-class Experts(nn.Module):
-    """Expert weights in one 3-D parameter, a module without weights, one that is never called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(6, 2)
-        self.experts = nn.Parameter(torch.randn(2, 6, 6))
-        self.pass_through = nn.Identity()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that there is nothing to initialise
-            self.empty, self.narrow = nn.Linear(4, 0), nn.Linear(0, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        chosen = self.router(x).softmax(-1)
-        return torch.einsum("ne,ni,eio->no", chosen, self.pass_through(x), self.experts)
 
 
 def test_expert_weights_in_a_3d_parameter_are_reported() -> None:
