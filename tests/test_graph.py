@@ -388,20 +388,10 @@ class Keyword(nn.Module):
 
 def test_a_layer_called_by_keyword_is_refused_by_name() -> None:
     with pytest.raises(InvalidInputError, match="layer 'fc' gets its input as a keyword"):
-        build_graph(Keyword(), X)
-
-
-def test_hooks_are_gone_after_an_error() -> None:
-    model = Keyword()
-    with pytest.raises(InvalidInputError):
-        build_graph(model, X)
-    assert not model.fc._forward_hooks
+        build_graph(model := Keyword(), X)
+    assert not model.fc._forward_hooks  # gone after the error
 
 
 def test_a_layer_may_be_the_whole_model() -> None:
     graph = build_graph(nn.Linear(6, 3), X)
     assert (graph.layers[0].weight_id, members(graph)) == ("weight", [("",)])
-
-
-def test_the_sample_is_described() -> None:
-    assert build_graph(Decoder(), tokens()).sample == "input_ids [2, 5], attention_mask [2, 5]"
