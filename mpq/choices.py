@@ -71,9 +71,10 @@ def make_cells(
 
 def _pinned(graph: LayerGraph, pins: Mapping[str, str | Scheme]) -> dict[str, Scheme]:
     searched = [name for unit in graph.units for name in unit.layers]
+    exact_last = sorted(pins.items(), key=lambda pin: pin[0] in searched)  # a name beats a pattern
     return {
         name: parse_scheme(scheme)  # type: ignore[arg-type]
-        for pattern, scheme in pins.items()
+        for pattern, scheme in exact_last
         for name in matching("pin", pattern, searched)
     }
 

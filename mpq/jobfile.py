@@ -29,6 +29,8 @@ def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobS
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise InvalidInputError("job_file", f"{path}: {error}") from error
+    except RecursionError as error:
+        raise InvalidInputError("job_file", f"{path}: nested too deeply for a job") from error
     if not isinstance(content, dict):
         raise InvalidInputError("job_file", f"{path}: a job is a table of keys and values")
     return parse_job(content | dict(changes or {}), str(path))

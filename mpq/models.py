@@ -33,7 +33,7 @@ def load_entry_point(text: str, what: str) -> Any:
         ) from error
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
-        raise unknown(f"name in {module_name}", name, known)
+        raise InvalidInputError("entry_point", f"{what} {text!r}: {unknown('name', name, known)}")
     return getattr(module, name)
 
 
