@@ -51,9 +51,7 @@ def held_out(name: str, uniform: str, folder: Path, **options: object) -> list[E
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits_resnet20", "digits_vit"])
-def test_at_three_bits_the_mix_halves_the_divergence_on_new_data(
-    name: str, tmp_path: Path
-) -> None:
+def test_at_three_bits_the_mix_halves_the_divergence_on_new_data(name: str, tmp_path: Path) -> None:
     chosen, uniform = held_out(name, "int3", tmp_path)
     assert chosen.divergence == "kl"
     assert chosen.mean <= 0.5 * uniform.mean
