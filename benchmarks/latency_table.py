@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict
 
 from hw_cost_models.latency import MeasuredLatency
+from hw_cost_models.measured.capability import default_schemes
 from mpq.core.latency import KernelLatency
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.tables import Cells
@@ -47,14 +48,16 @@ def encoder(rows: int) -> LayerGraph:
     return LayerGraph(layers=layers, units=units, unsearched=(), sample=f"1 x {rows} tokens")
 
 
+def choices(graph: LayerGraph) -> Cells:
+    schemes = tuple(default_schemes(layer) for layer in graph.layers)  # a unit is one layer here
+    return Cells(units=tuple(unit.name for unit in graph.units), schemes=schemes)
+
+
 def measure(rows: int, budget_s: float) -> None:
     start = time.monotonic()
     model = MeasuredLatency(budget_s=budget_s)
     graph = encoder(rows)
-    runnable = model.choices(graph)
-    model.table(
-        graph, Cells(units=tuple(runnable.schemes), schemes=tuple(runnable.schemes.values()))
-    )
+    model.table(graph, choices(graph))
     seconds = time.monotonic() - start
     latencies = [asdict(latency) for latency in model.latencies.values()]
     json.dump({"seconds": seconds, "latencies": latencies}, sys.stdout)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -230,3 +232,19 @@ def test_real_kernels_end_to_end() -> None:
     assert 0 < table.fixed < table.baseline
     assert len(saved) == 9
     assert all(latency.rounds >= 6 for latency in saved)
+
+
+def test_the_benchmark_asks_for_cells_that_have_kernels() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "latency_table.py"
+    benchmark = runpy.run_path(str(path))
+    graph = benchmark["encoder"](8)
+    cells = benchmark["choices"](graph)
+    MeasuredLatency(stopwatch=CountingStopwatch()).table(graph, cells)
+    assert len(cells.units) == 36
+    assert len(CountingStopwatch.seen) == len(
+        {
+            (s, la.weight_shape)
+            for la, ss in zip(graph.layers, cells.schemes, strict=True)
+            for s in ss
+        }
+    )
