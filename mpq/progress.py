@@ -57,4 +57,4 @@ class Bars:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, markup=False, highlight=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
@@ -24,11 +25,12 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         print(json.dumps(view, indent=2))
         return
     console = _console()
-    console.print(f"run [bold]{view['id']}[/]  {view['name']}  {view['state']}", highlight=False)
+    state = f"  {view['name']}  {view['state']}"
+    console.print(Text.assemble("run ", (view["id"], "bold"), state))
     if view["error"]:
-        console.print(f"[red]{view['error']}[/]")
+        console.print(Text(view["error"], "red"))
     if view["graph"]:
-        console.print(_coverage_line(store.graph(run_id)), highlight=False)
+        console.print(_coverage_line(store.graph(run_id)))
     if not view["chosen"]:
         return
     problem = store.problem(run_id, with_responses=False)
@@ -38,7 +40,7 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     evaluations = store.evaluations(run_id)
     console.print(_measured_table(problem.with_budgets(solution.budgets), evaluations))
     for line in view["notes"]:
-        console.print(f"[dim]{line}[/]", highlight=False)
+        console.print(Text(line, "dim"))
 
 
 def run_view(store: Store, run_id: str) -> dict[str, Any]:
@@ -118,8 +120,11 @@ def print_runs(store: Store, limit: int, as_json: bool = False) -> None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    """Return a console that prints names as they are: "[b]" in one is no markup."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 def _coverage_line(graph: LayerGraph) -> str:
@@ -180,7 +185,7 @@ def _measured_table(problem: Problem, evaluations: Sequence[Evaluation]) -> Tabl
     for e in in_order(evaluations):
         table.add_row(
             e.split.replace("_", "-"),
-            f"[bold]{e.candidate}[/]" if e.candidate == CHOSEN else e.candidate,
+            Text(e.candidate, "bold" if e.candidate == CHOSEN else ""),
             "yes" if e.allocation and problem.fits(e.allocation) else "no",
             f"{e.mean:.5f}",
             f"{e.stderr:.5f}",

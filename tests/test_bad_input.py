@@ -19,6 +19,7 @@ import mpq
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning
 from mpq.core.jobs import RunState
 from mpq.store.store import Store, open_store
+from mpq.terminal import print_run, print_runs, print_solution
 
 
 class Tiny(nn.Module):
@@ -348,3 +349,27 @@ def test_nothing_else_warns(store: Store) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         search(store)
+
+
+# names that look like something else
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential()
+    for name in ("a [/b]", "[red]b", ":smile:</script>"):
+        model.add_module(name, nn.Linear(6, 6))
+    result = search(store, model=model, name="job [/b]")
+    print_run(store, result.run_id)
+    print_solution(result.graph, result.problem, result.solve(["memory <= 80%"]))
+    print_runs(store, limit=3)
+    printed = capsys.readouterr().out
+    assert printed.count("job [/b]") == 2
+    for name in model._modules:
+        assert printed.count(name) >= 2
+    failed = store.create_run(store.run(result.run_id).spec)
+    store.set_state(failed, RunState.RUNNING)
+    store.set_state(failed, RunState.FAILED, InvalidInputError("x", "no [/such] layer"))
+    print_run(store, failed)
+    assert "no [/such] layer" in capsys.readouterr().out
