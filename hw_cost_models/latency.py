@@ -19,15 +19,21 @@ from mpq.core.tables import Cells, CostTable
 
 _NATIVE = Scheme(FP32)
 _TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory they hold
+# A known time whose half-width is a larger share of it is measured again. The drift between
+# processes, which no measurement narrows, takes up to 0.12 (a kernel that waits for memory).
+_WIDE = 0.15
 
 
 class MeasuredLatency:
     """Sum over the layers of kernel time * calls, from kernels timed on this machine.
 
-    `known` holds times that are not measured again if they are of this device; `save` gets each
-    new one as soon as it is there. `budget_s` bounds the time of one table's measurement (unless
-    making the kernels ready takes half of it, or six rounds do not fit), `progress` gets its
-    share in [0, 1]. `latencies` holds every time that is known by now.
+    `known` holds times that are not measured again if they are of this device, except noisy ones
+    that are uncertain by more than 15 %: each gets one more chance and the narrower interval is
+    kept, and where nothing else is missing this takes only their share of the kernels as its
+    share of `budget_s`. `save` gets each new time as soon as it is there. `budget_s` bounds the
+    time of one table's measurement (unless making the kernels ready takes half of it, or six
+    rounds do not fit), `progress` gets its share in [0, 1]. `latencies` holds every time that is
+    known by now.
     """
 
     name = "latency"
@@ -49,6 +55,11 @@ class MeasuredLatency:
             case: latency
             for case, latency in (known or {}).items()
             if latency.device == self.device
+        }
+        self._wide = {
+            case
+            for case, latency in self.latencies.items()
+            if latency.noisy and _half_width(latency) > _WIDE
         }
         self._save = save
         self._progress = progress
@@ -103,9 +114,12 @@ class MeasuredLatency:
         )
 
     def _measure(self, backend: OnnxRuntime, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
-        """Time each kernel that has no time yet, once; all schemes of a shape side by side."""
+        """Time each kernel that has no good time yet; all schemes of a shape side by side."""
         cases = {backend.case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
-        new = sorted(cases.keys() - self.latencies.keys(), key=lambda c: (c.shape, c.kernel))
+        missing, wide = cases.keys() - self.latencies.keys(), cases.keys() & self._wide
+        self._wide -= wide
+        new = sorted(missing | wide, key=lambda c: (c.shape, c.kernel))
+        whole_s = self._stopwatch.budget_s * (1.0 if missing else len(wide) / len(cases))
         for start in range(0, len(new), _TOGETHER):
             part = new[start : start + _TOGETHER]
             share = len(part) / len(new)
@@ -114,16 +128,24 @@ class MeasuredLatency:
                 if self._progress is not None:
                     self._progress(start / len(new) + used * share)
 
-            budget_s = self._stopwatch.budget_s * share
+            budget_s = whole_s * share
             start_s = time.monotonic()
             ops, reference = [backend.op(*cases[case]) for case in part], backend.reference()
             budget_s = max(budget_s - (time.monotonic() - start_s), budget_s / 2)
             stopwatch = replace(self._stopwatch, budget_s=budget_s)
             measured = stopwatch.measure(ops, reference, self.device, progress)
             for latency in measured:
+                known = self.latencies.get(latency.case)
+                if known is not None and _half_width(known) <= _half_width(latency):
+                    continue
                 self.latencies[latency.case] = latency
                 if self._save is not None:
                     self._save(latency)
+
+
+def _half_width(latency: KernelLatency) -> float:
+    """Return half the width of the interval as a share of the median."""
+    return (latency.high_s - latency.low_s) / 2 / latency.median_s
 
 
 def _layers_by_unit(graph: LayerGraph) -> dict[UnitName, tuple[Layer, ...]]:

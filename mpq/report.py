@@ -10,7 +10,7 @@ import numpy as np
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Frontier, Problem, Solution
-from mpq.core.quantities import quantity
+from mpq.core.quantities import quantity, with_error
 from mpq.core.tables import CostTable
 from mpq.result import SearchResult
 from mpq.store.store import Store
@@ -173,15 +173,20 @@ def _styled(figure: Any) -> Any:
 
 def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:
     limits = {budget.cost: budget for budget in solution.budgets}
+    assert solution.allocation is not None
+    choice = solution.allocation.choice(problem.cells)
     totals = solution.totals or {}
-    return [_budget_row(t, limits, totals[name]) for name, t in problem.costs.items()]
+    return [
+        _budget_row(table, limits, with_error(totals[name], table.half_width(choice), table.unit))
+        for name, table in problem.costs.items()
+    ]
 
 
-def _budget_row(table: CostTable, limits: dict[str, Any], total: float) -> dict[str, str]:
+def _budget_row(table: CostTable, limits: dict[str, Any], total: str) -> dict[str, str]:
     budget = limits.get(table.name)
     return {
         "cost": table.name,
-        "total": quantity(total, table.unit),
+        "total": total,
         "limit": "-" if budget is None else quantity(budget.limit, table.unit),
         "text": "" if budget is None else budget.text,
         "baseline": quantity(table.baseline, table.unit) if table.baseline > 0 else "-",
@@ -204,7 +209,10 @@ def _unit_rows(graph: LayerGraph, problem: Problem, allocation: Allocation) -> l
                 "scheme": str(cell[1]),
                 "loss": f"{problem.sensitivity.values[number]:.2e}",
                 "error": f"{problem.sensitivity.stderr[number]:.0e}",
-                "costs": [quantity(t[cell], t.unit) for t in problem.costs.values()],
+                "costs": [
+                    with_error(t.values[number], t.half_width([number]), t.unit)
+                    for t in problem.costs.values()
+                ],
             }
         )
     return rows

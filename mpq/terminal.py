@@ -14,7 +14,7 @@ from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
-from mpq.core.quantities import quantity
+from mpq.core.quantities import quantity, with_error
 from mpq.store.store import Store
 
 
@@ -155,7 +155,10 @@ def _units_table(graph: LayerGraph, problem: Problem, allocation: Allocation | N
             str(scheme),
             f"{problem.sensitivity.values[number]:.2e}",
             f"{problem.sensitivity.stderr[number]:.0e}",
-            *(quantity(cost[cell], cost.unit) for cost in problem.costs.values()),
+            *(
+                with_error(cost.values[number], cost.half_width([number]), cost.unit)
+                for cost in problem.costs.values()
+            ),
         )
     return table
 
@@ -165,12 +168,15 @@ def _budget_table(problem: Problem, solution: Solution) -> Table:
     for column in ("total", "budget", "unquantized", "share"):
         table.add_column(column, justify="right")
     limits = {budget.cost: budget.limit for budget in solution.budgets}
+    assert solution.allocation is not None
+    choice = solution.allocation.choice(problem.cells)
     for name, cost in problem.costs.items():
         total = (solution.totals or {})[name]
         limit = quantity(limits[name], cost.unit) if name in limits else "-"
         whole = quantity(cost.baseline, cost.unit) if cost.baseline > 0 else "-"
         share = f"{total / cost.baseline:.1%}" if cost.baseline > 0 else "-"
-        table.add_row(name, quantity(total, cost.unit), limit, whole, share)
+        chosen = with_error(total, cost.half_width(choice), cost.unit)
+        table.add_row(name, chosen, limit, whole, share)
     proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
     table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
     return table

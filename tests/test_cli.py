@@ -7,9 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mpq.core.layers import LayerGraph, Unit
+from mpq.core.problem import Allocation, Solution, Status
+from mpq.report import _budget_rows, _unit_rows
+from mpq.terminal import _budget_table, _units_table
+from tests.builders import cells, cost, problem
 
 _MODULE = """
 import torch
@@ -89,6 +97,36 @@ def test_solve_chooses_again_without_the_model(folder: Path) -> None:
 def test_solve_pins_a_unit(folder: Path) -> None:
     view = json.loads(mpq(folder, "solve", "--pin", "2=int8", "--json").stdout)
     assert view["allocation"]["2"] == "int8"
+
+
+def test_measured_costs_carry_their_confidence_and_exact_ones_nothing() -> None:
+    choices = cells(2, ("int4", "int8"))
+    seconds = np.array([1e-3, 2e-3, 4e-3, 8e-3])
+    latency = replace(
+        cost(choices, "latency", "s"), values=seconds, low=0.9 * seconds, high=1.1 * seconds
+    )
+    asked = replace(problem(choices), costs={"memory": cost(choices), "latency": latency})
+    choice = np.array([1, 2])
+    solution = Solution(
+        status=Status.FEASIBLE,
+        solver="made",
+        budgets=(),
+        allocation=Allocation.from_choice(choices, choice),
+        totals=asked.totals(choice),
+    )
+    shown = {row["cost"]: row["total"] for row in _budget_rows(asked, solution)}
+    assert shown == {"memory": "5 B", "latency": "6.0 ms ± 600 us"}
+    units = tuple(Unit(name=name, layers=()) for name in choices.units)
+    graph = LayerGraph(layers=(), units=units, unsearched=(), sample="")
+    assert solution.allocation is not None
+    rows = _unit_rows(graph, asked, solution.allocation)
+    assert rows[0]["costs"] == ["2 B", "2.0 ms ± 200 us"]
+    for table, texts in (
+        (_units_table(graph, asked, solution.allocation), ("2 B", "2.0 ms ± 200 us")),
+        (_budget_table(asked, solution), ("5 B", "6.0 ms ± 600 us")),
+    ):
+        shown_cells = [text for column in table.columns for text in column.cells]
+        assert set(texts) <= set(shown_cells)
 
 
 def test_solving_a_stored_run_takes_under_a_second(folder: Path) -> None:

@@ -30,3 +30,10 @@ def quantity(value: float, unit: str, *, digits: int = 4, up: bool = False) -> s
         return f"{number.normalize():f} {name}"
     counted = name in ("B", "bitops") or number == 0 or abs(number) >= 10 ** (digits - 1)
     return f"{number:.{0 if counted else 1}f} {name}"
+
+
+def with_error(value: float, half_width: float, unit: str) -> str:
+    """Return "3.412 ms ± 90 us"; the quantity alone where its half-width is 0: it is exact."""
+    if half_width == 0:
+        return quantity(value, unit)
+    return f"{quantity(value, unit)} ± {quantity(half_width, unit, digits=2)}"

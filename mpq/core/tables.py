@@ -256,6 +256,11 @@ class CostTable:
     def __getitem__(self, cell: Cell) -> float:
         return float(self.values[self.cells.index(cell)])
 
+    def half_width(self, numbers: npt.ArrayLike) -> float:
+        """Return half the width of the 95 % interval of the sum of some cells; 0 if exact."""
+        chosen = np.asarray(numbers, np.int64)
+        return math.fsum(self.high[chosen] - self.low[chosen]) / 2
+
     def restrict(self, cells: Cells, numbers: Indices) -> CostTable:
         """Return the table over fewer cells (see `Cells.restrict`)."""
         return CostTable(
