@@ -9,7 +9,7 @@ from hw_cost_models.measured.capability import default_schemes, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import Scheme
+from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
@@ -17,6 +17,8 @@ from mpq.core.tables import Cells, CostTable
 from mpq.progress import Progress
 from mpq.store.store import Store
 
+_WITHOUT_KERNEL = (parse_scheme("int8"),)  # for a layer that has no default scheme
+_NOTHING = "in none that is not wider than its weights: leave it out with skip"
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
 
@@ -41,7 +43,7 @@ class Hardware:
 
     def schemes(self, layer: Layer) -> Sequence[Scheme]:
         """Return what a layer may take."""
-        asked = default_schemes(layer) if self._asked is None else self._asked
+        asked = self._asked or default_schemes(layer) or _WITHOUT_KERNEL
         if not self.times_matter:
             return asked
         reasons = {scheme: why_no_kernel(layer, scheme) for scheme in asked}
@@ -52,7 +54,7 @@ class Hardware:
                 "unsupported_schemes",
                 f"under a latency budget layer {layer.name!r} needs a scheme that this machine "
                 f"runs: {'; '.join(reasons.values())}; it runs "
-                f"{', '.join(map(str, default_schemes(layer)))}",
+                f"{', '.join(map(str, default_schemes(layer))) or _NOTHING}",
             )
         return runs
 

@@ -373,3 +373,24 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
     store.set_state(failed, RunState.FAILED, InvalidInputError("x", "no [/such] layer"))
     print_run(store, failed)
     assert "no [/such] layer" in capsys.readouterr().out
+
+
+# 16-bit models without a word about schemes
+
+
+def half_net() -> nn.Sequential:
+    layers = nn.ConvTranspose2d(6, 4, 2), nn.Flatten(1), nn.Linear(72, 3)
+    return nn.Sequential(nn.Conv1d(4, 6, 3), nn.Unflatten(2, (2, 5)), *layers).to(torch.bfloat16)
+
+
+def test_a_16_bit_model_is_offered_nothing_wider_than_it_is(store: Store) -> None:
+    inputs = [torch.randn(4, 4, 12, dtype=torch.bfloat16)]
+    cells = search(store, model=half_net(), calibration=inputs, schemes=None).problem.cells
+    offered = {u: list(map(str, ss)) for u, ss in zip(cells.units, cells.schemes, strict=True)}
+    assert offered == {"0": ["int8:int8"], "2": ["int8"], "4": ["int8:int8"]}
+
+
+def test_a_16_bit_layer_without_a_kernel_names_the_way_out(store: Store) -> None:
+    given = {"model": half_net(), "calibration": [torch.randn(4, 4, 12, dtype=torch.bfloat16)]}
+    budgets = ["latency <= 90%"]
+    refused(store, "'2'", "conv_transpose2d", "skip", schemes=None, budgets=budgets, **given)

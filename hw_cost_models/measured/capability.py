@@ -55,10 +55,19 @@ def why_no_kernel(layer: Layer, scheme: Scheme) -> str:
 
 
 def default_schemes(layer: Layer) -> tuple[Scheme, ...]:
-    """Return a short list of what is worth trying for a layer, each with a kernel."""
+    """Return a short list of what is worth trying for a layer, each with a kernel.
+
+    None is wider than the layer's weights: kernels run 16-bit floating-point layers in integers
+    only, so a layer that has no integer kernel gets an empty list.
+    """
     offered = []
     for alternatives in _DEFAULT.get(layer.kind, ()):
-        runs = [s for s in map(parse_scheme, alternatives) if kernel_for(layer, s) is not None]
+        runs = [
+            scheme
+            for scheme in map(parse_scheme, alternatives)
+            if scheme.weights.bits * layer.num_weights <= 8 * layer.weight_bytes
+            and kernel_for(layer, scheme) is not None
+        ]
         offered += runs[:1]
     return tuple(offered)
 
