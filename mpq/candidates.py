@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,11 +17,14 @@ from solvers import get_solver
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """An allocation that is worth measuring; a uniform one may break a budget."""
+    """An allocation that is worth measuring; a uniform one may break a budget.
+
+    `predicted` is the divergence that the metric expects, None where it predicts another thing.
+    """
 
     name: str
     solution: Solution
-    predicted: float
+    predicted: float | None
     fits: bool
 
     @property
@@ -30,62 +34,65 @@ class Proposal:
         return self.solution.allocation
 
 
-def predictor(problem: Problem) -> Floats:
-    """Return G such that x^T G x predicts the loss: pair terms where they are known."""
-    if problem.responses is None:
-        return np.diag(problem.sensitivity.values)
-    return problem.responses.interactions()
-
-
-def predicted_loss(interactions: Floats, problem: Problem, allocation: Allocation) -> float:
-    """Return the predicted loss of an allocation of the problem's cells."""
-    choice = allocation.choice(problem.cells)
-    return float(interactions[np.ix_(choice, choice)].sum())
-
-
 def propose(problem: Problem, solver: str = "auto") -> list[Proposal]:
     """Return the additive optimum, the best with pairs, and every uniform scheme.
 
     A named solver gives its own answer instead of the first two. Raises InfeasibleError where
     no allocation meets the budgets, RunFailedError where a solver found none in its time.
     """
-    interactions = predictor(problem)
     names = [solver] if solver != "auto" else ["ilp"]
     if solver == "auto" and problem.responses is not None:
         names.append("pairs")
-    proposals = []
+    solved = {}
     for name in names:
         solution = get_solver(name).solve(problem)
         if solution.infeasibility is not None:
             raise InfeasibleError("infeasible", solution.infeasibility.message)
         if solution.allocation is None:
             raise RunFailedError("solver", f"solver {name!r} found no allocation in its time")
-        label = "additive" if name == "ilp" else name
-        proposals.append((label, solution))
+        solved["additive" if name == "ilp" else name] = solution
+    bound = solved["additive"].bound if "additive" in solved else -math.inf
     for scheme, allocation in problem.uniform().items():
-        proposals.append((f"uniform {scheme}", as_solution(problem, allocation)))
-    return [
-        Proposal(
-            name=name,
-            solution=solution,
-            predicted=predicted_loss(interactions, problem, solution.allocation),
-            fits=problem.fits(solution.allocation),
+        solved[f"uniform {scheme}"] = Solution(
+            status=Status.FEASIBLE,
+            solver="uniform",
+            budgets=problem.budgets,
+            allocation=allocation,
         )
-        for name, solution in proposals
-        if solution.allocation is not None
+    interactions = None if problem.responses is None else problem.responses.interactions()
+    return [
+        _proposal(name, problem, solution, bound, interactions) for name, solution in solved.items()
     ]
 
 
-def as_solution(problem: Problem, allocation: Allocation) -> Solution:
-    """Return a checked solution for an allocation that nobody solved for."""
-    choice = allocation.choice(problem.cells)
-    return Solution(
-        status=Status.FEASIBLE,
-        solver="uniform",
-        budgets=problem.budgets,
-        allocation=allocation,
-        score=problem.score(choice),
-        totals=problem.totals(choice),
+def _proposal(
+    name: str, problem: Problem, solution: Solution, bound: float, interactions: Floats | None
+) -> Proposal:
+    assert solution.allocation is not None
+    choice = solution.allocation.choice(problem.cells)
+    return Proposal(
+        name=name,
+        solution=additively(problem, solution, bound),
+        predicted=None
+        if interactions is None
+        else float(interactions[np.ix_(choice, choice)].sum()),
+        fits=problem.fits(solution.allocation),
+    )
+
+
+def additively(problem: Problem, solution: Solution, bound: float) -> Solution:
+    """Return a solution of any origin with its additive score, and its gap to a proven bound.
+
+    So all candidates of a run are compared in one number: how far each is from the additive
+    optimum. An OPTIMAL one is returned as it is.
+    """
+    if solution.status == Status.OPTIMAL or solution.allocation is None:
+        return solution
+    choice = solution.allocation.choice(problem.cells)
+    score = problem.score(choice)
+    gap = 0.0 if score <= bound else (score - bound) / max(abs(score), 1e-300)
+    return replace(
+        solution, score=score, totals=problem.totals(choice), bound=min(bound, score), gap=gap
     )
 
 
@@ -93,6 +100,13 @@ def best(proposals: Sequence[Proposal], measured: Mapping[str, Evaluation]) -> P
     """Return the fitting proposal that measured best on calibration data, the first of equals.
 
     Uniform schemes are among them, so nothing worse than one that fits is ever returned.
+    Raises RunFailedError where no fitting proposal has a finite output.
     """
-    fitting = [proposal for proposal in proposals if proposal.fits]
+    fitting = [p for p in proposals if p.fits and math.isfinite(measured[p.name].mean)]
+    if not fitting:
+        raise RunFailedError(
+            "not_finite",
+            "every allocation that fits makes the model's output NaN or infinite on calibration "
+            "data: add wider schemes or raise the budgets",
+        )
     return min(fitting, key=lambda proposal: measured[proposal.name].mean)

@@ -44,11 +44,11 @@ class Hardware:
     def schemes(self, layer: Layer) -> Sequence[Scheme]:
         """Return what a layer may take."""
         asked = self._asked or default_schemes(layer) or _WITHOUT_KERNEL
-        if not self.times_matter:
-            return asked
-        reasons = {scheme: why_no_kernel(layer, scheme) for scheme in asked}
+        reasons = {scheme: self._why_not(layer, scheme) for scheme in asked}
         self.left_out += [f"{layer.name}: {reason}" for reason in reasons.values() if reason]
         runs = [scheme for scheme, reason in reasons.items() if not reason]
+        if not self.times_matter:
+            return runs
         if not runs:
             raise InvalidInputError(
                 "unsupported_schemes",
@@ -57,6 +57,11 @@ class Hardware:
                 f"{', '.join(map(str, default_schemes(layer))) or _NOTHING}",
             )
         return runs
+
+    def _why_not(self, layer: Layer, scheme: Scheme) -> str:
+        if layer.kind == "embedding" and not scheme.activations.is_native:
+            return f"{scheme}: an embedding reads indices, there are no activations to quantize"
+        return why_no_kernel(layer, scheme) if self.times_matter else ""
 
     def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
         """Return memory and BOPs of every cell, and measured latency where it is budgeted.

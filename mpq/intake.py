@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,18 @@ import torch
 from torch import nn
 
 from mpq.choices import make_cells
+from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.models import load_batches, load_function, load_model
-from mpq.nn.batches import Batch, check_batches, checked_call, cut
+from mpq.nn.batches import Batch, ambiguity, check_batches, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest, output_digest
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating
-from mpq.nn.quantizers import WeightQuantizer
+from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
 from mpq.nn.workload import Evaluate, Loss, Workload
 
 
@@ -77,6 +79,17 @@ def make_workload(
     cells = make_cells(graph, schemes, spec.pin)
     with evaluating(given.model), torch.no_grad():
         output = checked_call(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
+    if output.shape[:1] != (1,):
+        raise InvalidInputError(
+            "output_shape",
+            f"the first axis of the output must be the samples: one sample gives "
+            f"{list(output.shape)}; return (samples, positions, classes) instead",
+        )
+    for number, batch in enumerate(given.held_out):
+        with evaluating(given.model), torch.no_grad():
+            checked_call(given.model, cut(batch, 0, 1), f"held-out batch {number}")
+    if note := ambiguity(given.model, given.calibration[0]):
+        warnings.warn(note, MpqWarning, stacklevel=2)
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes
@@ -89,7 +102,7 @@ def make_workload(
         output_digest(output),
         graph.input_ranges,
         divergence.kind,
-        spec.clip,
+        (spec.clip, QUANTIZER_VERSION),
     )
     return Workload(
         model=given.model,

@@ -29,11 +29,13 @@ from mpq.intake import Given, graph_of, load, make_workload
 from mpq.nn.shipping import ship
 from mpq.nn.workload import Workload
 from mpq.progress import Bars, Progress, Silent
-from mpq.refine import Relinearise, refine
+from mpq.refine import Relinearise
+from mpq.refine import refine as refined
 from mpq.result import SearchResult
 from mpq.scoring import relinearise, score, search_ranges
 from mpq.store.store import Store, open_store
-from solvers import solve
+from sensitivity import get_metric
+from solvers import get_solver, solve
 from workers import get_executor
 
 
@@ -59,7 +61,7 @@ def search(
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     num_probes: int = 2,
-    refine_steps: int = 4,
+    refine: int = 4,
     latency_seconds: float = 60.0,
     seed: int = 0,
     storage: str | Store | None = None,
@@ -84,8 +86,13 @@ def search(
         raise InvalidInputError(
             "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
         )
-    if isinstance(budgets, str | Budget):
-        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    for what, given_list in {"budgets": budgets, "skip": skip}.items():
+        if isinstance(given_list, str | Budget):
+            raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
+    if pin is not None and not isinstance(pin, Mapping):
+        raise InvalidInputError("pin", f"pin is {{layer: scheme}}, got {pin!r}")
+    if not isinstance(groups, str) and any(isinstance(group, str) for group in groups):
+        raise InvalidInputError("groups", f"groups is a list of lists of layers, got {groups!r}")
     spec = JobSpec(
         name=name,
         model=_text(model),
@@ -108,7 +115,7 @@ def search(
         num_workers=num_workers,
         seed=seed,
         num_probes=num_probes,
-        refine=refine_steps,
+        refine=refine,
         latency_seconds=latency_seconds,
     )
     given = load(model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate)
@@ -136,6 +143,9 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
     with _warnings_kept() as keep, ExitStack() as stack:
         executor = get_executor(spec.executor, spec.num_workers)
         stack.callback(executor.close)
+        get_metric(spec.metric)
+        if spec.solver != "auto":
+            get_solver(spec.solver)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         hardware = Hardware(spec, budgets, store, progress)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
@@ -154,7 +164,7 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
         except Exception as error:
             failure = RunFailedError("run_failed", f"{type(error).__name__}: {error}")
             store.set_state(run_id, RunState.FAILED, failure)
-            raise
+            raise failure from error
     return SearchResult(store, run_id)
 
 
@@ -276,9 +286,9 @@ def _choose(
     """Return the proposal that is best on calibration data; it becomes the chosen solution."""
     proposals = propose(problem, spec.solver)
     evaluations = measured([_on_calibration(proposal) for proposal in proposals])
-    if spec.solver == "auto" and spec.refine:
+    if spec.solver == "auto" and spec.refine and problem.responses is not None:
         first = best(proposals, evaluations)
-        for proposal, evaluation in refine(
+        for proposal, evaluation in refined(
             problem,
             first,
             evaluations[first.name],
@@ -318,21 +328,24 @@ def _compare(
     store: Store,
     run_id: str,
 ) -> None:
-    """Measure the chosen allocation and the best uniform scheme that fits on held-out data."""
+    """Measure the chosen allocation and the best uniform scheme that fits on held-out data.
+
+    Without held-out batches only the user's metrics are measured.
+    """
+    split = "held_out" if workload.held_out else "calibration"
     if not workload.held_out:
         store.log(run_id, "not checked", "no held-out batches were given")
-        return
+        if workload.evaluate is None:
+            return
     candidates = [
         Candidate(
             name=CHOSEN,
-            split="held_out",
+            split=split,
             allocation=chosen.allocation,
             predicted=chosen.predicted,
             with_metrics=True,
         ),
-        Candidate(
-            name="unquantized", split="held_out", allocation=Allocation({}), with_metrics=True
-        ),
+        Candidate(name="unquantized", split=split, allocation=Allocation({}), with_metrics=True),
     ]
     evaluated = {e.candidate: e.mean for e in store.evaluations(run_id) if e.split == "calibration"}
     fitting = {
@@ -343,7 +356,7 @@ def _compare(
     if fitting:
         name = min(fitting, key=lambda uniform: evaluated[uniform])
         candidates.append(
-            Candidate(name=name, split="held_out", allocation=fitting[name], with_metrics=True)
+            Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )
     measured(candidates)
 

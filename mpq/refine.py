@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq.candidates import Proposal
+from mpq.candidates import Proposal, additively
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import CostTable, Responses, SensitivityTable
@@ -39,7 +39,7 @@ def refine(
     begins at a third of the units and is halved by a failure; a step that the model itself does
     not expect to help ends the refinement.
     """
-    best, best_measured = start, measured
+    best, best_measured, bound = start, measured, start.solution.bound
     responses: Responses | None = None
     region = math.ceil(len(problem.cells.units) / 3)
     tried: list[tuple[Proposal, Evaluation]] = []
@@ -52,11 +52,7 @@ def refine(
             break
         proposal = Proposal(
             name=f"refined {len(tried) + 1}",
-            solution=replace(
-                solution,
-                budgets=problem.budgets,
-                totals=problem.totals(solution.allocation.choice(problem.cells)),
-            ),
+            solution=additively(problem, replace(solution, budgets=problem.budgets), bound),
             predicted=best_measured.mean + solution.score,
             fits=problem.fits(solution.allocation),
         )

@@ -131,14 +131,14 @@ def _finished(
 
 def _warn_about(scores: Scores) -> None:
     table = scores.sensitivity
+    cells = table.cells
+    lossy = [u for u, s in enumerate(cells.schemes) if not all(scheme.is_native for scheme in s)]
     silent = [
-        unit
-        for unit, start, stop in zip(
-            table.cells.units, table.cells.offsets[:-1], table.cells.offsets[1:], strict=True
-        )
-        if not table.values[start:stop].any()
+        cells.units[u]
+        for u in lossy
+        if not table.values[cells.offsets[u] : cells.offsets[u + 1]].any()
     ]
-    if len(silent) == len(table.cells.units):
+    if lossy and len(silent) == len(lossy):
         warnings.warn(
             "every sensitivity is zero: ties are broken towards cheaper schemes; check that the "
             "calibration batches differ and reach the output",

@@ -36,7 +36,17 @@ class HessianTrace:
     name = "hessian_trace"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per unit; its key holds model, data, cells, probes, loss and seed."""
+        """Return one task per unit; its key holds model, data, cells, probes, loss and seed.
+
+        Raises InvalidInputError for schemes that quantize activations.
+        """
+        for unit, scheme in workload.cells:
+            if not scheme.activations.is_native:
+                raise InvalidInputError(
+                    "weights_only",
+                    f"hessian_trace scores weights only, but {scheme} of unit {unit!r} quantizes "
+                    f"activations: use metric='gauss_newton' or weights-only schemes",
+                )
         loss = function_digest(workload.loss)
         probes = (workload.num_probes, workload.seed)
         setting = (self.name, _VERSION, workload.key, workload.batch_keys, loss, probes)
@@ -97,11 +107,7 @@ class HessianTrace:
 
 def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[float]]:
     """Return v^T H v of one weight for each batch and probe; H is that of the batch's mean loss."""
-    from pyhessian.utils import hessian_vector_product
-
     generator = torch.Generator().manual_seed(workload.seed * 1_000_003 + number)
-    probes = _PROBES_FACTOR * workload.num_probes
-    found = []
     with (
         evaluating(workload.model),
         frozen(workload.model),
@@ -110,32 +116,43 @@ def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[
     ):
         weight.requires_grad_(True)
         try:
-            for position, batch in enumerate(workload.calibration):
-                loss = _loss(workload, position, batch)
-                (gradient,) = torch.autograd.grad(
-                    loss, weight, create_graph=True, allow_unused=True
+            return [
+                _draws(
+                    _loss(workload, position, batch),
+                    weight,
+                    _PROBES_FACTOR * workload.num_probes,
+                    generator,
                 )
-                if (
-                    gradient is None or not gradient.requires_grad
-                ):  # the loss is at most linear in it
-                    found.append([0.0] * probes)
-                    continue
-                draws = []
-                for _ in range(probes):
-                    signs = torch.randint(0, 2, weight.shape, generator=generator)
-                    v = signs.to(weight.detach()) * 2 - 1
-                    (product,) = hessian_vector_product([gradient], [weight], [v])
-                    draws.append(float((product * v).sum()))
-                found.append(draws)
-        except RuntimeError as error:
-            raise InvalidInputError(
-                "hessian_unsupported",
-                f"the model cannot be differentiated twice: {str(error).splitlines()[0]}; use "
-                f"metric='gauss_newton', which needs first derivatives only",
-            ) from error
+                for position, batch in enumerate(workload.calibration)
+            ]
         finally:
             weight.requires_grad_(False)
-    return found
+
+
+def _draws(
+    loss: torch.Tensor, weight: nn.Parameter, probes: int, generator: torch.Generator
+) -> list[float]:
+    from pyhessian.utils import hessian_vector_product
+
+    if not loss.requires_grad:  # the weight does not reach the loss
+        return [0.0] * probes
+    draws = []
+    try:
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True, allow_unused=True)
+        if gradient is None or not gradient.requires_grad:  # at most linear in the weight
+            return [0.0] * probes
+        for _ in range(probes):
+            signs = torch.randint(0, 2, weight.shape, generator=generator)
+            v = signs.to(weight.detach()) * 2 - 1
+            (product,) = hessian_vector_product([gradient], [weight], [v])
+            draws.append(float((product * v).sum()))
+    except RuntimeError as error:
+        raise InvalidInputError(
+            "hessian_unsupported",
+            f"the model cannot be differentiated twice: {str(error).splitlines()[0]}; use "
+            f"metric='gauss_newton', which needs first derivatives only",
+        ) from error
+    return draws
 
 
 def _loss(workload: Workload, position: int, batch: object) -> torch.Tensor:

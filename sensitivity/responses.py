@@ -58,17 +58,41 @@ def responses_of_batch(
     batch = workload.calibration[number]
     generator = torch.Generator().manual_seed(workload.seed * 1_000_003 + number)
     with evaluating(workload.model), frozen(workload.model):
-        whole = _responses(workload, number, batch, base, generator)
-        if whole is not None:
-            return whole
-        # some layer mixes the samples of a batch: take them one at a time
-        parts = [cut(batch, i, i + 1) for i in range(num_samples(batch))]
+        parts = [batch]
+        if not _samples_come_first(workload, number, batch):
+            parts = [cut(batch, i, i + 1) for i in range(num_samples(batch))]
         found = [_responses(workload, number, part, base, generator) for part in parts]
-    known = [part for part in found if part is not None]
     return BatchResponses(
-        np.concatenate([part.u for part in known], axis=1),
-        np.concatenate([part.g for part in known], axis=1),
+        np.concatenate([part.u for part in found], axis=1),
+        np.concatenate([part.g for part in found], axis=1),
     )
+
+
+def _samples_come_first(workload: Workload, number: int, batch: Batch) -> bool:
+    """Tell whether the rows of every layer's input are those of sample 0, then sample 1, ...
+
+    Compares what layers see of the first sample alone with what they see of the first two: a
+    layer may read another axis first (time), or something that all samples share (positions).
+    """
+    if num_samples(batch) == 1:
+        return True
+    seen = []
+    for count in (1, 2):
+        calls = _Calls(workload)
+        with calls, torch.no_grad():
+            workload.output(number, cut(batch, 0, count))
+        seen.append(calls.inputs())
+    return len(seen[0]) == len(seen[1]) and all(
+        len(two) == 2 * len(one) and _close(one, two[: len(one)])
+        for one, two in zip(*seen, strict=True)
+    )
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    largest = float(one.abs().max()) if one.numel() else 0.0
+    return torch.allclose(one.double(), other.double(), rtol=1e-2, atol=1e-2 * largest)
 
 
 def _responses(
@@ -77,8 +101,7 @@ def _responses(
     batch: Batch,
     base: Allocation | None,
     generator: torch.Generator,
-) -> BatchResponses | None:
-    """Return the responses, or None where the first axis of a layer's input is not samples."""
+) -> BatchResponses:
     samples = num_samples(batch)
     schemes = {} if base is None else workload.layer_schemes(base)
     original: torch.Tensor | None = None
@@ -93,8 +116,6 @@ def _responses(
     ):
         output = workload.output(number, batch)
         head = workload.divergence.head(output)
-        if samples > 1 and any(inputs.shape[0] % samples for inputs, _ in calls.all()):
-            return None
         gradients = _output_gradients(workload, batch, original, output, head, calls, generator)
     rows = workload.num_probes + (base is not None)
     found = np.zeros((len(workload.cells), samples, rows), np.float32)
@@ -146,6 +167,8 @@ class _Calls:
         def remember(
             _: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return output
             if not output.requires_grad:  # nothing before it is differentiable: start here
                 output.requires_grad_()
             self._outputs[name].append(output)
@@ -155,6 +178,9 @@ class _Calls:
 
     def of(self, name: LayerName) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self._inputs[name], self._outputs[name], strict=True))
+
+    def inputs(self) -> list[torch.Tensor]:
+        return [tensor for name in self._modules for tensor in self._inputs[name]]
 
     def all(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [call for name in self._modules for call in self.of(name)]

@@ -53,7 +53,7 @@ def search(store: Store, model: Any = None, calibration: Any = None, **options: 
         "budgets": ["memory <= 70%"],
         "schemes": ["int2", "int4", "int8"],
         "executor": "serial",
-        "refine_steps": 1,
+        "refine": 1,
     }
     return mpq.search(
         Tiny() if model is None else model,
@@ -216,7 +216,7 @@ def test_one_tensor_in_place_of_a_list_of_batches_is_refused(store: Store) -> No
 
 def test_a_batch_that_does_not_fit_is_named_and_what_was_scored_is_kept(store: Store) -> None:
     wrong = [*batches(), torch.randn(4, 5)]
-    refused(store, "calibration batch 2", "[4, 5]", "forward takes (x:", calibration=wrong)
+    refused(store, "calibration batch 2", ", 5]", "forward takes (x:", calibration=wrong)
     (run,) = store.runs()
     assert run.state == RunState.FAILED
     with closing(sqlite3.connect(str(store.url.database))) as connection:
@@ -394,3 +394,115 @@ def test_a_16_bit_layer_without_a_kernel_names_the_way_out(store: Store) -> None
     given = {"model": half_net(), "calibration": [torch.randn(4, 4, 12, dtype=torch.bfloat16)]}
     budgets = ["latency <= 90%"]
     refused(store, "'2'", "conv_transpose2d", "skip", schemes=None, budgets=budgets, **given)
+
+
+# answers that would look right and are not
+
+
+def test_an_allocation_that_overflows_never_wins(store: Store) -> None:
+    class Divides(Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            row = self.head.weight[0]
+            spread = row.abs().max() - row.abs().min()  # one bit leaves none: 0 / 0
+            return super().forward(x) + spread / spread - 1
+
+    model = Divides()
+    result = search(store, model=model, schemes=["int1", "int8"], refine=0)
+    (chosen,) = [e for e in result.evaluation if e.candidate == "chosen"]
+    assert math.isfinite(chosen.mean)
+
+
+def test_a_changed_forward_is_scored_again(store: Store) -> None:
+    class Scaled(Tiny):
+        factor = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self.factor
+
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    first = search(store, model=model).problem.sensitivity.values
+    model.factor = 5.0
+    assert (search(store, model=model).problem.sensitivity.values > 2 * first).any()
+
+
+def test_every_candidate_is_scored_in_one_number(store: Store) -> None:
+    torch.manual_seed(0)
+    result = search(store, refine=3)
+    bound = result.solutions["additive"].bound
+    for name, solution in result.solutions.items():
+        assert solution.allocation is not None
+        choice = solution.allocation.choice(result.problem.cells)
+        assert solution.score == pytest.approx(result.problem.score(choice)), name
+        assert math.isfinite(solution.gap)
+        assert solution.score >= bound - 1e-12
+
+
+def test_an_output_without_a_sample_axis_is_refused(store: Store) -> None:
+    model = Tiny()
+    model.forward = lambda x: model.head(model.first(x)).reshape(-1)  # type: ignore[method-assign]
+    refused(store, "first axis of the output", "[3]", model=model)
+
+
+def test_the_hessian_metric_refuses_activations(store: Store) -> None:
+    refused(store, "weights only", "int8:int8", metric="hessian_trace", schemes=["int8:int8"])
+
+
+def test_names_are_checked_before_any_work(store: Store) -> None:
+    refused(store, "did you mean 'pairs'?", solver="pair")
+    refused(store, "did you mean 'gauss_newton'?", metric="gaus_newton")
+    assert not store.runs()
+
+
+def test_held_out_batches_that_do_not_fit_are_named_before_scoring(store: Store) -> None:
+    refused(store, "held-out batch 1", held_out=[*batches(1), torch.randn(4, 5)])
+    assert not store.runs()
+
+
+@pytest.mark.parametrize("calibration", [None, [1, 2], 7])
+def test_what_is_no_list_of_batches_is_refused(store: Store, calibration: Any) -> None:
+    with pytest.raises(InvalidInputError, match="calibration"):
+        mpq.search(Tiny(), calibration, budgets=["memory <= 70%"], storage=store)
+
+
+@pytest.mark.parametrize(
+    "given", [{"skip": "first"}, {"groups": ["first", "second"]}, {"pin": ["first"]}]
+)
+def test_a_text_in_place_of_a_list_is_refused(store: Store, given: Any) -> None:
+    refused(store, "got", **given)
+
+
+def test_an_optional_input_in_a_tuple_is_told(store: Store) -> None:
+    class Two(Tiny):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x if mask is None else x * mask)
+
+    pairs = [(batch, torch.ones_like(batch)) for batch in batches()]
+    with pytest.warns(MpqWarning, match="forward also takes mask"):
+        search(store, model=Two(), calibration=pairs)
+
+
+def test_without_held_out_data_the_metrics_are_still_measured(store: Store) -> None:
+    result = search(store, evaluate=lambda model: {"weights": float(model.head.weight.sum())})
+    measured = {e.candidate: e.metrics for e in result.evaluation if e.metrics}
+    assert {"chosen", "unquantized"} <= set(measured)
+
+
+def test_any_error_of_the_model_ends_the_run_in_one_line(store: Store) -> None:
+    class Asserts(Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.abs().max() < 100, "too large"
+            return super().forward(x)
+
+    bad = [*batches(), torch.full((4, 6), 1e3)]
+    refused(store, "calibration batch 2", "too large", model=Asserts(), calibration=bad)
+
+
+def test_an_embedding_keeps_to_weights_only_schemes(store: Store) -> None:
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(12, 3)).eval()
+    words = [torch.randint(0, 9, (4, 2), generator=torch.Generator().manual_seed(0))]
+    result = search(
+        store, model=model, calibration=words, embeddings=True, schemes=["int4", "int8:int8"]
+    )
+    assert str(result.allocation["0"]) == "int4"
+    assert any("reads indices" in event.message for event in store.events(result.run_id))

@@ -59,7 +59,7 @@ def test_at_three_bits_the_mix_halves_the_divergence_on_new_data(name: str, tmp_
 
 @pytest.mark.slow
 def test_minilm_at_four_bits_gains_a_hundredth_of_cosine_on_new_data(tmp_path: Path) -> None:
-    chosen, uniform = held_out("minilm", "int4", tmp_path, refine_steps=0)
+    chosen, uniform = held_out("minilm", "int4", tmp_path, refine=0)
     assert chosen.divergence == "cosine"
     assert (1 - chosen.mean) >= (1 - uniform.mean) + 0.01
 

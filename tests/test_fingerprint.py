@@ -42,6 +42,7 @@ def test_an_output_digest_ignores_rounding_and_sees_other_code() -> None:
     output = torch.linspace(-1, 1, 101)
     assert output_digest(output) == output_digest(output * (1 + 1e-7))
     assert output_digest(output) != output_digest(output.relu())
+    assert output_digest(output) != output_digest(output * 5)
 
 
 def test_a_function_digest_follows_code_constants_and_closure() -> None:
@@ -64,3 +65,6 @@ def test_a_function_digest_follows_code_constants_and_closure() -> None:
     assert len(set(keys)) == len(keys)
     assert function_digest(scaled(1.0)) == function_digest(scaled(1.0))
     assert function_digest(nn.MSELoss()) != function_digest(nn.MSELoss())
+    assert function_digest(nn.MSELoss().forward) != function_digest(nn.MSELoss().forward)
+    weights = [scaled(torch.arange(5000.0)), scaled(torch.arange(5000.0).flip(0))]  # type: ignore[arg-type]
+    assert function_digest(weights[0]) != function_digest(weights[1])

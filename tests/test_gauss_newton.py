@@ -326,3 +326,31 @@ def layer_weight(model: nn.Sequential) -> torch.Tensor:
     weight = model[0].weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach()
+
+
+def test_layers_that_read_time_first_are_scored_sample_by_sample() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.inner(x.transpose(0, 1)).tanh()).mean(0)
+
+    class BatchFirst(TimeFirst):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.inner(x).tanh()).mean(1)
+
+    torch.manual_seed(0)
+    first, second = TimeFirst(), BatchFirst()
+    second.load_state_dict(first.state_dict())
+    schemes = (parse_scheme("int2"), parse_scheme("int3:int4"))
+    batch = [torch.randn(4, 8, 3)]  # 4 samples divide 8 steps: shapes alone would not tell
+    scores = [
+        np.square(responses(make_workload(model, batch, probes=200, schemes=schemes))).mean(
+            axis=(1, 2)
+        )
+        for model in (first, second)
+    ]
+    lossy = scores[1] > 0
+    np.testing.assert_allclose(scores[0][lossy], scores[1][lossy], rtol=0.5)

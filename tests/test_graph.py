@@ -395,3 +395,24 @@ def test_a_layer_called_by_keyword_is_refused_by_name() -> None:
 def test_a_layer_may_be_the_whole_model() -> None:
     graph = build_graph(nn.Linear(6, 3), X)
     assert (graph.layers[0].weight_id, members(graph)) == ("weight", [("",)])
+
+
+class _ScaledEmbedding(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 8
+
+
+class _Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_out_by_reason() -> None:
+    model = nn.Sequential(_Standardised(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    graph = build_graph(model, torch.randn(1, 1, 4, 4))
+    assert [unit.name for unit in graph.units] == ["2"]
+    (part,) = [p for p in graph.unsearched if p.name == "0.weight"]
+    assert "_Standardised.forward is not that of a conv2d" in part.reason
+    words = nn.Sequential(_ScaledEmbedding(5, 4), nn.Linear(4, 2))
+    graph = build_graph(words, torch.tensor([[1, 2]]), embeddings=True)
+    assert [unit.name for unit in graph.units] == ["1"]

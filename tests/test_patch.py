@@ -226,5 +226,18 @@ def test_a_shared_quantizer_remembers_its_ranges() -> None:
 
 
 def test_an_unknown_layer_is_named() -> None:
-    with pytest.raises(KeyError, match="no layer 'absent'"), quantized(mlp(), {"absent": INT4}):
+    with (
+        pytest.raises(InvalidInputError, match="no layer 'absent'"),
+        quantized(mlp(), {"absent": INT4}),
+    ):
         pass
+
+
+def test_modes_and_buffers_come_back_whatever_is_done_inside() -> None:
+    model = conv_net().eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with evaluating(model):
+        model.train()
+        model(torch.randn(2, 3, 8, 8))
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

@@ -213,7 +213,7 @@ def test_a_scheme_without_a_kernel_is_left_out_and_told(store: Store) -> None:
 
 @pytest.mark.parametrize("metric", ["gauss_newton", "hessian_trace"])
 def test_both_metrics_have_error_bars(store: Store, metric: str) -> None:
-    table = search(store, metric=metric, refine_steps=0).problem.sensitivity
+    table = search(store, metric=metric, refine=0).problem.sensitivity
     assert table.metric == metric
     assert (table.stderr > 0).all()
 
@@ -260,7 +260,7 @@ def test_the_page_stands_alone_and_names_everything(store: Store, tmp_path: Path
 
 
 def test_static_ranges_of_convolutions_are_kept_with_the_run(store: Store) -> None:
-    result = search(store, schemes=["int8:int8"], budgets=["memory <= 60%"], refine_steps=0)
+    result = search(store, schemes=["int8:int8"], budgets=["memory <= 60%"], refine=0)
     again = SearchResult(store, result.run_id)
     batches = make_images(3, 0)
     low, high = again.graph.input_ranges["conv"]

@@ -121,7 +121,7 @@ class BudgetText:
             return table.fixed + math.fsum(cells)
         if self.unit == "%":
             return self._needs(table.baseline, "a known baseline") * self.amount / 100
-        if self.unit == "bpw":
+        if self.unit == "bpw" and table.unit == "bytes":
             return table.fixed + self.amount * self._needs(table.weights, "a weight count") / 8
         scales = _UNITS.get(table.unit, {})
         if self.unit not in scales:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str
     """Return the positional and keyword arguments with which `model` takes `batch`.
 
     A tensor is the only argument. A mapping gives keywords, without labels. A tuple gives as
-    many positional arguments as `forward` requires; what follows them are targets, so that
-    (images, labels) works for a model of images.
+    many positional arguments as `forward` requires, all of it where that takes *args; what
+    follows them are targets, so that (images, labels) works for a model of images.
     """
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
@@ -34,10 +35,30 @@ def arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str
     )
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 def _required(model: nn.Module) -> int:
     parameters = inspect.signature(model.forward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+    if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return sys.maxsize
+    return sum(p.kind in _POSITIONAL and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def ambiguity(model: nn.Module, batch: Batch) -> str:
+    """Return what a person should know where part of a tuple could be an optional argument."""
+    if not isinstance(batch, tuple | list):
+        return ""
+    parameters = inspect.signature(model.forward).parameters.values()
+    optional = [p.name for p in parameters if p.kind in _POSITIONAL][_required(model) :]
+    if not optional or len(batch) <= max(1, _required(model)):
+        return ""
+    taken = max(1, _required(model))
+    return (
+        f"of the {len(batch)} parts of a batch the first {taken} are the model's "
+        f"input and the rest targets, though forward also takes {', '.join(optional)}: write "
+        f"batches as dicts to pass them"
+    )
 
 
 def call(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -55,7 +76,7 @@ def checked_call(model: nn.Module, batch: Batch, where: str, finite: bool = True
         output = call(model, batch)
     except MpqError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # whatever a user's forward raises
         lines = str(error).strip().splitlines() or [repr(error)]
         raise InvalidInputError(
             "batch_mismatch",
@@ -139,7 +160,23 @@ def check_batches(what: str, batches: Sequence[Batch]) -> tuple[Batch, ...]:
         raise InvalidInputError(
             "batches", f"{what} is a list of batches, got a {type(batches).__name__}: write [it]"
         )
-    checked = tuple(batches)
-    if not checked or sum(num_samples(batch) for batch in checked) == 0:
+    try:
+        checked = tuple(batches)
+    except TypeError:
+        raise InvalidInputError(
+            "batches", f"{what} is a list of batches, got {type(batches).__name__}"
+        ) from None
+    if not checked:
         raise InvalidInputError("no_batches", f"{what} is empty: give at least one batch")
+    for number, batch in enumerate(checked):
+        if not isinstance(batch, torch.Tensor | Mapping | tuple | list):
+            raise InvalidInputError(
+                "batch",
+                f"{what} batch {number} is a {type(batch).__name__}: a batch is a tensor, a tuple "
+                f"or a mapping",
+            )
+        if num_samples(batch) == 0:
+            raise InvalidInputError(
+                "no_batches", f"{what} is empty in batch {number}: it has no samples"
+            )
     return checked

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import uuid
-from collections.abc import Callable, Mapping
-from types import CodeType
+from collections.abc import Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -64,25 +65,39 @@ def output_digest(output: torch.Tensor) -> str:
     Changed code with the same weights gives another output. Coarse, so that another number of
     threads does not.
     """
-    largest = output.detach().abs().max().clamp_min(1e-30)
-    return digest((output.detach() / largest).double().round(decimals=3) + 0.0)
+    values = output.detach().double()
+    largest = float(values.abs().max().clamp_min(1e-300))
+    return digest((values / largest).round(decimals=3) + 0.0, round(math.log10(largest), 3))
 
 
-def function_digest(function: Callable[..., Any] | None) -> str:
-    """Return the key of a function: its name, code, constants and defaults.
+def function_digest(function: object) -> str:
+    """Return the key of a function: its name, code, constants, defaults and closure.
 
-    What it calls is not followed. A callable without code of its own never has the same key
-    twice, so nothing stale is served for it.
+    Globals that it uses are named, not followed. What is not a plain function, or closes over
+    more than data and functions, never has the same key twice: nothing stale is served.
     """
     if function is None:
         return ""
-    code = getattr(function, "__code__", None)
-    if code is None:
+    if not isinstance(function, FunctionType):
         return uuid.uuid4().hex
+    code = function.__code__
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    held += [function.__defaults__, function.__kwdefaults__]
     name = f"{function.__module__}.{function.__qualname__}"
-    closed = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
-    defaults = (repr(function.__defaults__), repr(function.__kwdefaults__))
-    return digest(name, code.co_code.hex(), repr(code.co_names), _constants(code), closed, defaults)
+    values = [_data_digest(value) for value in held]
+    return digest(name, code.co_code.hex(), repr(code.co_names), _constants(code), values)
+
+
+def _data_digest(value: object) -> str:
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return digest(value)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return digest(value)
+    if isinstance(value, list | tuple):
+        return digest([_data_digest(item) for item in value])
+    if isinstance(value, dict):
+        return digest([(repr(key), _data_digest(item)) for key, item in value.items()])
+    return function_digest(value)
 
 
 def _constants(code: CodeType) -> list[str]:

@@ -17,6 +17,7 @@ from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unsearche
 from mpq.core.patterns import matching
 from mpq.nn.batches import Batch, call, describe
 from mpq.nn.patch import evaluating
+from mpq.nn.replay import replay
 from mpq.nn.units import group_units
 
 Groups = Literal["auto", "none"] | Sequence[Sequence[str]]
@@ -46,6 +47,7 @@ class _Trace:
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     order: int = -1
     source: int = -1  # identity of the first input tensor: who reads the same tensor
+    own_forward: bool = False  # computes something else than its kind of layer does
 
 
 def build_graph(
@@ -78,7 +80,12 @@ def build_graph(
         traces = _trace(model, modules, sample)
     owners = _parameter_names(model)
     layers = {name: _layer(name, module, traces[name], owners) for name, module in modules.items()}
-    reasons = _reasons_outside(layers, _skipped(layers, skip), embeddings)
+    outside = _skipped(layers, skip) | {
+        name: f"{type(modules[name]).__name__}.forward is not that of a {kind_of(modules[name])}"
+        for name, trace in traces.items()
+        if trace.own_forward
+    }
+    reasons = _reasons_outside(layers, outside, embeddings)
     searched = {name: layer for name, layer in layers.items() if name not in reasons}
     if not searched:
         why = "; ".join(sorted(set(reasons.values())))
@@ -113,6 +120,7 @@ def _trace(
                 trace.source = id(args[0])
                 first_calls.append(name)
                 alive.append(args[0])
+                trace.own_forward = not _computes_as_its_kind(modules[name], args[0], output)
             trace.inputs.append(tuple(args[0].shape))
             trace.outputs.append(tuple(output.shape))
 
@@ -126,6 +134,20 @@ def _trace(
             handle.remove()
     _warn_if_not_repeatable(first, call(model, sample))
     return traces
+
+
+def _computes_as_its_kind(module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> bool:
+    """Tell whether a layer's output is that of nn.Linear, nn.Conv2d, ... on its weight.
+
+    Subclasses may scale or standardise; scores would be of another layer then.
+    """
+    weight = module._parameters["weight"]
+    bias = module._parameters.get("bias")
+    assert weight is not None
+    expected = replay(module, inputs, weight, bias)
+    return expected.shape == output.shape and torch.allclose(
+        expected.double(), output.double(), rtol=1e-2, atol=1e-4, equal_nan=True
+    )
 
 
 def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerName
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
@@ -18,15 +19,23 @@ Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer i
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put every module in eval mode (no dropout, frozen batch norm), keeping the RNG state."""
-    training = [module for module in model.modules() if module.training]
+    """Put every module in eval mode: no dropout, frozen batch norm.
+
+    Modes, the random generator and buffers that a forward pass writes to are restored.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     generator = torch.get_rng_state()
     try:
         model.eval()
         yield model
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, content in buffers:
+                if not torch.equal(buffer, content):  # versions miss what batch norm writes
+                    buffer.copy_(content)
         torch.set_rng_state(generator)
 
 
@@ -60,7 +69,9 @@ def quantized(
     modules = dict(model.named_modules())
     missing = [name for name in schemes if name not in modules]
     if missing:
-        raise KeyError(f"the model has no layer {missing[0]!r}")
+        raise InvalidInputError(
+            "other_model", f"this model has no layer {missing[0]!r}: give the one that was searched"
+        )
     with ExitStack() as restore:
         replaced: dict[int, nn.Parameter] = {}
         quantizer = quantizer or WeightQuantizer()
@@ -69,12 +80,12 @@ def quantized(
             module = modules[name]
             weight = module._parameters["weight"]
             assert weight is not None
-            if id(weight) not in replaced and scheme.weights.bits < 32:
+            if id(weight) not in replaced:
+                own = weight.detach()
                 axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
-                stored = quantizer.fake_quantize(
-                    names[id(weight)], weight.detach(), scheme.weights, axis
-                )
-                replaced[id(weight)] = nn.Parameter(stored, requires_grad=False)
+                stored = quantizer.fake_quantize(names[id(weight)], own, scheme.weights, axis)
+                if stored is not own:
+                    replaced[id(weight)] = nn.Parameter(stored, requires_grad=False)
             if not scheme.activations.is_native:
                 limit = (limits or {}).get(name)
                 restore.callback(_quantize_input(module, scheme, limit).remove)

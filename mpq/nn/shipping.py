@@ -64,4 +64,4 @@ def _filled(empty: torch.Tensor, content: npt.NDArray[np.uint8]) -> torch.Tensor
     tensor = flat.view(empty.dtype).reshape(empty.shape)
     if isinstance(empty, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=empty.requires_grad)
-    return tensor
+    return tensor.clone()  # a forward pass may write to its buffers

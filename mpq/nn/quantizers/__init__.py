@@ -16,6 +16,8 @@ from mpq.nn.quantizers.integer import (
     quantize_weight,
 )
 
+QUANTIZER_VERSION = 2  # part of every content key: raise it when a format stores other values
+
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
