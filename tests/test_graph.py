@@ -416,3 +416,52 @@ def test_a_layer_with_a_forward_of_its_own_is_left_out_by_reason() -> None:
     words = nn.Sequential(_ScaledEmbedding(5, 4), nn.Linear(4, 2))
     graph = build_graph(words, torch.tensor([[1, 2]]), embeddings=True)
     assert [unit.name for unit in graph.units] == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch: it copies the input
+def test_an_even_kernel_that_keeps_the_size_pads_one_more_at_the_end() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, (4, 3), padding="same", dilation=(1, 2)))
+    conv = build_graph(model, torch.randn(1, 3, 8, 8)).layers[0].convolution
+    assert conv is not None
+    assert (conv.padding, conv.padding_end) == ((1, 2), (2, 2))
+
+
+def test_complex_parameters_stay_outside_and_are_not_taken_for_quantized() -> None:
+    model = mlp()
+    model.register_parameter("spectral", nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64)))
+    model.unused = nn.Linear(2, 2, dtype=torch.complex64)
+    model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
+    graph = build_graph(model, X)
+    assert members(graph) == [("0",), ("2",)]
+    assert "2-d parameter" in reasons(graph)["spectral"]
+    assert "2-d parameter" in reasons(graph)["unused.weight"]
+
+
+class WithBias(nn.Linear):
+    """Returns its bias beside its output, as layers of model-parallel libraries do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), self.bias
+
+
+class Unusual(nn.Module):
+    """A layer that returns a tuple, a layer tied to it, and attention that calls no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.tied, self.head = WithBias(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.tied.weight = self.pair.weight
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tied(self.pair(x)[0])[None]
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_layers_that_cannot_be_replaced_are_left_out_with_the_reason() -> None:
+    graph = build_graph(Unusual(), X)
+    assert members(graph) == [("head",)]
+    assert graph.by_name["pair"].macs == 4 * 36
+    outside = reasons(graph)
+    assert "returns a tuple" in outside["pair.weight"]
+    assert "without being called" in outside["attention.out_proj.weight"]

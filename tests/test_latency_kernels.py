@@ -19,6 +19,7 @@ from hw_cost_models.measured.onnxruntime import OnnxRuntime, session_options
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import PerGroup, parse_scheme
 from mpq.core.layers import Convolution, Layer
+from mpq.nn.graph import build_graph
 
 RNG = np.random.default_rng(0)
 
@@ -387,3 +388,18 @@ def test_threads_are_part_of_the_device() -> None:
     assert ort.__version__ in one.device
     with pytest.raises(InvalidInputError, match="threads are counted from 1"):
         OnnxRuntime(num_threads=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch: it copies the input
+@pytest.mark.parametrize("kernel", [(4, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize("text", ["fp32", "int8:int8"])
+def test_an_even_kernel_that_keeps_the_size_runs(kernel: tuple[int, int], text: str) -> None:
+    module = torch.nn.Conv2d(4, 8, kernel, padding="same", bias=False)
+    x = gaussian((1, 4, 9, 9))
+    layer = build_graph(torch.nn.Sequential(module), torch.from_numpy(x)).layers[0]
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x)).numpy()
+    weight = module.weight.detach().numpy()
+    limits = {"input_limits": (x.min(), x.max()), "output_limits": (-2.0, 2.0)}
+    (found,) = run(layer, text, x, [weight], **limits)
+    assert worst(found, expected) < (1e-5 if text == "fp32" else 0.03)

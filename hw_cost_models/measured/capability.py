@@ -160,6 +160,8 @@ def shape_text(layer: Layer) -> str:
     conv = layer.convolution
     assert conv is not None, layer.name
     parts = {"k": conv.kernel, "s": conv.stride, "p": conv.padding, "d": conv.dilation}
+    if conv.padding_end:
+        parts["e"] = conv.padding_end
     if any(conv.output_padding):
         parts["o"] = conv.output_padding
     geometry = " ".join(mark + "x".join(map(str, sizes)) for mark, sizes in parts.items())

@@ -171,7 +171,7 @@ def _geometry(layer: Layer) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "kernel_shape": conv.kernel,
         "strides": conv.stride,
-        "pads": conv.padding * 2,
+        "pads": conv.padding + (conv.padding_end or conv.padding),
         "dilations": conv.dilation,
         "group": conv.groups,
     }

@@ -12,7 +12,10 @@ UnitName = str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Convolution:
-    """The geometry of a convolution; tuples have one entry per spatial dimension."""
+    """The geometry of a convolution; tuples have one entry per spatial dimension.
+
+    `padding_end` is the padding after the last element where it is not that before the first.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -20,6 +23,7 @@ class Convolution:
     dilation: tuple[int, ...]
     groups: int
     output_padding: tuple[int, ...] = ()
+    padding_end: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,8 +33,9 @@ _KINDS: dict[type[nn.Module], str] = {
 
 def kind_of(module: nn.Module) -> str | None:
     """Return the layer kind of a module, None where it is not one that can be searched."""
+    weight = module._parameters.get("weight")
     for cls, kind in _KINDS.items():
-        if isinstance(module, cls) and "weight" in module._parameters:
+        if isinstance(module, cls) and weight is not None and not weight.is_complex():
             return kind
     return None
 
@@ -47,6 +48,7 @@ class _Trace:
     outputs: list[tuple[int, ...]] = field(default_factory=list)
     order: int = -1
     source: int = -1  # identity of the first input tensor: who reads the same tensor
+    returns: str = ""  # the type of an output that is no tensor
     own_forward: bool = False  # computes something else than its kind of layer does
 
 
@@ -80,7 +82,8 @@ def build_graph(
         traces = _trace(model, modules, sample)
     owners = _parameter_names(model)
     layers = {name: _layer(name, module, traces[name], owners) for name, module in modules.items()}
-    outside = _skipped(layers, skip) | {
+    outside = _unusual(model, traces) | _skipped(layers, skip)
+    outside |= {
         name: f"{type(modules[name]).__name__}.forward is not that of a {kind_of(modules[name])}"
         for name, trace in traces.items()
         if trace.own_forward
@@ -108,13 +111,16 @@ def _trace(
     alive: list[torch.Tensor] = []  # keeps inputs alive, so that identities stay unique
 
     def record(name: LayerName) -> RemovableHandle:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             if not args:
                 raise InvalidInputError(
                     "keyword_call",
                     f"layer {name!r} gets its input as a keyword argument: pass it by position",
                 )
             trace = traces[name]
+            if not isinstance(output, torch.Tensor):
+                trace.returns = type(output).__name__
+                output = _first_tensor(output)
             if trace.order < 0:
                 trace.order = len(first_calls)
                 trace.source = id(args[0])
@@ -148,6 +154,12 @@ def _computes_as_its_kind(module: nn.Module, inputs: torch.Tensor, output: torch
     return expected.shape == output.shape and torch.allclose(
         expected.double(), output.double(), rtol=1e-2, atol=1e-4, equal_nan=True
     )
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    parts = output.values() if isinstance(output, Mapping) else output
+    found = (part for part in parts if isinstance(part, torch.Tensor))
+    return next(found, torch.empty(0))
 
 
 def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -204,13 +216,19 @@ def _convolution(module: nn.Module) -> Convolution | None:
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
         return None
     padding = module.padding
+    padding_end: tuple[int, ...] = ()
     if isinstance(padding, str):
         spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = tuple(s // 2 if padding == "same" else 0 for s in spans)
+        if padding == "valid":
+            spans = [0] * len(spans)
+        padding = tuple(span // 2 for span in spans)
+        if any(span % 2 for span in spans):  # an even kernel: one more at the end
+            padding_end = tuple(span - span // 2 for span in spans)
     return Convolution(
         kernel=tuple(module.kernel_size),
         stride=tuple(module.stride),
         padding=tuple(padding),
+        padding_end=padding_end,
         dilation=tuple(module.dilation),
         groups=module.groups,
         output_padding=tuple(module.output_padding),
@@ -219,6 +237,19 @@ def _convolution(module: nn.Module) -> Convolution | None:
 
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}  # the first name of tied ones
+
+
+def _unusual(model: nn.Module, traces: Mapping[LayerName, _Trace]) -> dict[LayerName, str]:
+    reasons = {
+        name: f"its forward returns a {trace.returns}, not a tensor"
+        for name, trace in traces.items()
+        if trace.returns
+    }
+    for name, module in model.named_modules():
+        projection = f"{name}.out_proj".lstrip(".")
+        if isinstance(module, nn.MultiheadAttention) and traces[projection].order < 0:
+            reasons[projection] = "run by MultiheadAttention without being called"
+    return reasons
 
 
 def _skipped(layers: Mapping[LayerName, Layer], patterns: Sequence[str]) -> dict[LayerName, str]:
@@ -256,7 +287,8 @@ def _unsearched(
     reasons: Mapping[LayerName, str],
 ) -> tuple[Unsearched, ...]:
     weights = {layer.weight_id for layer in searched.values()}
-    why = {layers[name].weight_id: reason for name, reason in reasons.items()}
+    # Of tied layers the first reason: "tied to ..." comes last.
+    why = {layers[name].weight_id: reason for name, reason in [*reasons.items()][::-1]}
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
 
     def reason(name: str, tensor: torch.Tensor, is_buffer: bool) -> str:
@@ -291,7 +323,8 @@ def _refuse_quantized(model: nn.Module) -> None:
     integer = [
         name
         for name, p in model.named_parameters()
-        if not p.is_floating_point() or type(p) not in (nn.Parameter, torch.Tensor)
+        if not (p.is_floating_point() or p.is_complex())
+        or type(p) not in (nn.Parameter, torch.Tensor)
     ]
     integer += [n for n, m in model.named_modules() if "quantized" in type(m).__module__.split(".")]
     if method or integer:
