@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 from torch import nn
 
 from mpq.core.errors import InvalidInputError, unknown
+
+_IMPORTING = re.compile(r"^<frozen importlib|[/\\]importlib[/\\]__init__\.py$")
+_LONGEST = 300  # characters of somebody else's error that are told
 
 
 def load_entry_point(text: str, what: str) -> Any:
@@ -27,14 +32,31 @@ def load_entry_point(text: str, what: str) -> Any:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # the module is the user's: anything may happen
         raise InvalidInputError(
-            "entry_point", f"{what} {text!r}: cannot import {module_name!r}: {error}"
+            "entry_point", f"{what} {text!r}: cannot import {module_name!r}: {_told(error)}"
         ) from error
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
         raise InvalidInputError("entry_point", f"{what} {text!r}: {unknown('name', name, known)}")
     return getattr(module, name)
+
+
+def _told(error: BaseException) -> str:
+    """Return what went wrong in an import, with the file and line of the user's that did it."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    said = _one_line(error)
+    if not isinstance(error, ImportError):
+        said = f"{type(error).__name__}: {said}"
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is our own call
+    theirs = [frame for frame in frames if not _IMPORTING.search(frame.filename)]
+    return f"{theirs[0].filename}, line {theirs[0].lineno}: {said}" if theirs else said
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def called(function: Callable[[], Any], what: str) -> Any:
@@ -45,7 +67,7 @@ def called(function: Callable[[], Any], what: str) -> Any:
         if isinstance(error, InvalidInputError):
             raise
         raise InvalidInputError(
-            "factory_failed", f"{what} failed: {type(error).__name__}: {error}"
+            "factory_failed", f"{what} failed: {type(error).__name__}: {_one_line(error)}"
         ) from error
 
 
@@ -80,13 +102,16 @@ def _from_directory(directory: Path) -> nn.Module:
         raise InvalidInputError(
             "model", "Hugging Face directories need transformers: pip install transformers"
         ) from error
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    architectures = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    # Written-out attention differentiates twice on any device; remote code is never run.
-    model: nn.Module = (cls or transformers.AutoModel).from_pretrained(
-        directory, local_files_only=True, attn_implementation="eager", trust_remote_code=False
-    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        architectures = getattr(config, "architectures", None) or []
+        cls = getattr(transformers, architectures[0], None) if architectures else None
+        # Written-out attention differentiates twice on any device; remote code is never run.
+        model: nn.Module = (cls or transformers.AutoModel).from_pretrained(
+            directory, local_files_only=True, attn_implementation="eager", trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds: unknown model types, missing or broken files
+        raise InvalidInputError("model", f"cannot load {directory}: {_one_line(error)}") from error
     return model
 
 

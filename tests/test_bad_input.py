@@ -506,3 +506,33 @@ def test_an_embedding_keeps_to_weights_only_schemes(store: Store) -> None:
     )
     assert str(result.allocation["0"]) == "int4"
     assert any("reads indices" in event.message for event in store.events(result.run_id))
+
+
+# modules and directories that cannot be loaded
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("x = 1\ndef make(:\n", "line 2: invalid syntax"),
+        ("x = 1\ny = x / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit: 3"),
+        ("\nimport no_such_module_anywhere\n", "line 2: No module named 'no_such_module"),
+        ("raise ValueError('one\\ntwo')\n", "line 1: ValueError: one two"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_names_file_and_line(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, says: str
+) -> None:
+    (tmp_path / "broken_module.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(store, "'broken_module'", f"broken_module.py, {says}", model="broken_module:make")
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "nosuch"}', "{}", "{"])
+def test_a_directory_that_is_no_known_model_is_one_line(
+    store: Store, tmp_path: Path, config: str
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    line = refused(store, f"cannot load {tmp_path}: ", model=str(tmp_path))
+    assert len(line) < 500
