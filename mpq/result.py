@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
-from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.layers import LayerGraph, LayerName, UnitName
+from mpq.core.patterns import matching
 from mpq.core.problem import Allocation, Budget, BudgetText, Frontier, Problem, Solution
 from mpq.store.store import Store
 
@@ -31,22 +32,53 @@ def resolve_budgets(problem: Problem, budgets: Sequence[str | Budget]) -> Proble
 def solve_stored(
     problem: Problem,
     budgets: Sequence[str | Budget],
-    pin: Mapping[str, str | Scheme] | None = None,
+    pins: Mapping[UnitName, Scheme] | None = None,
     solver: str = "auto",
 ) -> Solution:
-    """Solve stored tables again for other budgets or pins; no model, no torch."""
+    """Solve stored tables again for other budgets or pinned units; no model, no torch."""
     from solvers import solve
 
-    pins = {unit: [parse_scheme(scheme)] for unit, scheme in (pin or {}).items()}  # type: ignore[arg-type]
-    return solve(resolve_budgets(problem, budgets).pinned(pins), solver)
+    allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
+    return solve(resolve_budgets(problem, budgets).pinned(allowed), solver)
+
+
+def resolve_pins(
+    graph: LayerGraph, pin: Mapping[str, str | Scheme] | None
+) -> dict[UnitName, Scheme]:
+    """Return the scheme of each pinned unit; keys are names of units or layers, or patterns.
+
+    A name beats a pattern. Raises InvalidInputError where a key matches nothing or the pins of
+    one unit's layers differ.
+    """
+    if pin is not None and not isinstance(pin, Mapping):
+        raise InvalidInputError("pin", f"pin is a mapping {{layer: scheme}}, got {pin!r}")
+    members = {layer: (layer,) for unit in graph.units for layer in unit.layers}
+    members |= {unit.name: unit.layers for unit in graph.units}
+    pinned: dict[LayerName, Scheme] = {}
+    for pattern, scheme in sorted((pin or {}).items(), key=lambda pair: pair[0] in members):
+        parsed = parse_scheme(scheme)  # type: ignore[arg-type]
+        for name in matching("pin", pattern, members):
+            pinned |= dict.fromkeys(members[name], parsed)
+    found: dict[UnitName, Scheme] = {}
+    for unit in graph.units:
+        schemes = {pinned[layer] for layer in unit.layers if layer in pinned}
+        if len(schemes) > 1:
+            raise InvalidInputError(
+                "pin",
+                f"unit {unit.name!r} ({unit.reason}) shares one scheme but is pinned to "
+                f"{' and '.join(sorted(map(str, schemes)))}",
+            )
+        if schemes:
+            found[unit.name] = schemes.pop()
+    return found
 
 
 def parse_pins(texts: Sequence[str]) -> dict[str, str]:
-    """Read "unit=scheme" pairs as the command line gives them."""
+    """Read "name=scheme" pairs as the command line gives them."""
     pairs = [text.rpartition("=") for text in texts]
     for text, (unit, equals, scheme) in zip(texts, pairs, strict=True):
         if not equals or not unit or not scheme:
-            raise InvalidInputError("pin", f"a pin is written UNIT=SCHEME, got {text!r}")
+            raise InvalidInputError("pin", f"a pin is written NAME=SCHEME, got {text!r}")
     return {unit: scheme for unit, _, scheme in pairs}
 
 
@@ -81,11 +113,13 @@ class SearchResult:
     @property
     def allocation(self) -> Mapping[LayerName, Scheme]:
         """The chosen scheme of each searched layer."""
-        return {
-            layer: self.unit_allocation[unit.name]
-            for unit in self.graph.units
-            for layer in unit.layers
-        }
+        return Allocation(
+            {
+                layer: self.unit_allocation[unit.name]
+                for unit in self.graph.units
+                for layer in unit.layers
+            }
+        )
 
     def solve(
         self,
@@ -93,8 +127,11 @@ class SearchResult:
         pin: Mapping[str, str | Scheme] | None = None,
         solver: str = "auto",
     ) -> Solution:
-        """Solve the same scores for other budgets; needs no model."""
-        return solve_stored(self.problem, budgets, pin, solver)
+        """Solve the same scores for other budgets; needs no model.
+
+        Keys of `pin` are names of layers or units, or shell patterns.
+        """
+        return solve_stored(self.problem, budgets, resolve_pins(self.graph, pin), solver)
 
     def frontier(self, cost: str = "memory", points: int = 25) -> Frontier:
         """Return the exact trade-off between one cost and the predicted loss."""

@@ -156,12 +156,15 @@ def parse_format(text: str, role: Role = "weights") -> Format:
     return Format(family="int", bits=bits, granularity=granularity, symmetric=found["asym"] is None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Scheme:
     """The formats of a unit's weights and of the activations that enter it."""
 
     weights: Format
     activations: Format = FP32
+
+    def __repr__(self) -> str:
+        return f"Scheme({str(self)!r})"
 
     def __str__(self) -> str:
         weights = self.weights.text("weights")
