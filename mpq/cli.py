@@ -46,8 +46,10 @@ def run_here(
 ) -> None:
     """Search here and now, print the answer and write its HTML page."""
     from mpq.jobfile import load_job
+    from mpq.report import check_writable
     from mpq.terminal import print_run
 
+    check_writable(report or Path("mpq-report.html"))  # not after an hour of search
     changes = {"budgets": budget, "executor": executor}
     spec = load_job(job, {key: value for key, value in changes.items() if value})
 
@@ -89,7 +91,8 @@ def solve_again(
     memory: Annotated[str | None, typer.Option(help="e.g. 60%, '8.5 MB', '4.25 bpw'.")] = None,
     latency: Annotated[str | None, typer.Option(help="e.g. 60% or '3 ms'.")] = None,
     pin: Annotated[
-        list[str] | None, typer.Option(help="Fix a unit: UNIT=SCHEME; may repeat.")
+        list[str] | None,
+        typer.Option(help="Fix a layer, unit or pattern: NAME=SCHEME."),
     ] = None,
     solver: str = "auto",
     storage: Storage = None,
@@ -97,7 +100,7 @@ def solve_again(
 ) -> None:
     """Choose again from stored scores for other budgets; loads no model and no torch."""
     from mpq.core.jobs import RunState
-    from mpq.result import parse_pins, solve_stored
+    from mpq.result import parse_pins, resolve_pins, solve_stored
     from mpq.store.store import open_store
     from mpq.terminal import print_solution
 
@@ -106,9 +109,11 @@ def solve_again(
     with open_store(storage) as store:
         run_id = store.resolve_run(run, RunState.SUCCEEDED)
         problem = store.problem(run_id, with_responses=solver == "pairs")
-        spec = store.run(run_id).spec
-        solution = solve_stored(problem, texts or list(spec.budgets), parse_pins(pin or []), solver)
-        print_solution(store.graph(run_id), problem, solution, as_json)
+        graph = store.graph(run_id)
+        pins = resolve_pins(graph, parse_pins(pin or []))
+        budgets = texts or list(store.run(run_id).spec.budgets)
+        solution = solve_stored(problem, budgets, pins, solver)
+        print_solution(graph, problem, solution, as_json)
 
 
 @app.command("report", rich_help_panel="Inspect")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Frontier, Problem, Solution
@@ -20,10 +22,22 @@ _SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J
 _BIT_COLOURS = "Cividis"
 
 
+def check_writable(path: Path) -> None:
+    """Raise InvalidInputError where no page can be written at `path`."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise InvalidInputError("report", f"cannot write {path}: there is no folder {folder}")
+    if path.is_dir():
+        raise InvalidInputError("report", f"cannot write {path}: it is a folder")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InvalidInputError("report", f"cannot write {path}: permission denied")
+
+
 def write_report(store: Store, run_id: str, path: Path) -> Path:
     """Write the page of a finished run and return its path."""
     import jinja2
 
+    check_writable(path)
     result = SearchResult(store, run_id)
     record = store.run(run_id)
     loader = jinja2.PackageLoader("mpq", "templates")

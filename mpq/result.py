@@ -52,6 +52,7 @@ def resolve_pins(
     """
     if pin is not None and not isinstance(pin, Mapping):
         raise InvalidInputError("pin", f"pin is a mapping {{layer: scheme}}, got {pin!r}")
+    members: dict[str, tuple[LayerName, ...]]
     members = {layer: (layer,) for unit in graph.units for layer in unit.layers}
     members |= {unit.name: unit.layers for unit in graph.units}
     pinned: dict[LayerName, Scheme] = {}

@@ -536,3 +536,45 @@ def test_a_directory_that_is_no_known_model_is_one_line(
     (tmp_path / "config.json").write_text(config)
     line = refused(store, f"cannot load {tmp_path}: ", model=str(tmp_path))
     assert len(line) < 500
+
+
+# pins of a stored run
+
+
+class Fused(nn.Module):
+    """Three layers in one unit and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("q_proj", "k_proj")})
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attn["q_proj"](x) * self.attn["k_proj"](x))
+
+
+def test_layers_units_and_patterns_can_be_pinned_again(store: Store) -> None:
+    result = search(store, model=Fused(), groups=[["attn.q_proj", "attn.k_proj"]])
+    (unit,) = [unit for unit in result.graph.units if len(unit.layers) == 2]
+    for name in (unit.name, "attn.k_proj", "attn.*"):
+        for scheme in ("int2", "int4"):
+            again = result.solve(["memory <= 90%"], pin={name: scheme})
+            assert str(again.allocation[unit.name]) == scheme
+    both = result.solve(["memory <= 90%"], pin={"head": "int4", "*": "int2"})  # a name beats *
+    assert both.allocation.text() == {unit.name: "int2", "head": "int4"}
+
+
+@pytest.mark.parametrize(
+    ("pin", "says"),
+    [
+        ({"hed": "int4"}, "did you mean 'head'?"),
+        ({"9*": "int4"}, "matches no layer"),
+        (["head=int4"], "pin is a mapping"),
+        ({"attn.q_proj": "int4", "attn.k_proj": "int2"}, "pinned to int2 and int4"),
+        ({"head": "int5"}, "int5"),
+    ],
+)
+def test_a_pin_that_cannot_be_is_one_line(store: Store, pin: Any, says: str) -> None:
+    result = search(store, model=Fused(), groups=[["attn.q_proj", "attn.k_proj"]])
+    with pytest.raises(InvalidInputError, match=re.escape(says)):
+        result.solve(["memory <= 90%"], pin=pin)
