@@ -16,8 +16,8 @@ from mpq.core.jobs import JobSpec
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobSpec:
     """Return the job in a .toml or .json file, with some keys replaced by `changes`.
 
-    Raises InvalidInputError for a missing file, a syntax error (with its line), an unknown key
-    (with the nearest known one) or a value of the wrong kind.
+    Raises InvalidInputError for a missing file, a syntax error (with its line), a key that
+    appears twice or is unknown (with the nearest known one) or a value of the wrong kind.
     """
     path = Path(path)
     try:
@@ -26,7 +26,9 @@ def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobS
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InvalidInputError("job_file", f"cannot read job {path}: {reason}") from error
     try:
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        content = _json(text) if path.suffix == ".json" else tomllib.loads(text)
+    except InvalidInputError as error:
+        raise InvalidInputError(error.code, f"{path}: {error}") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise InvalidInputError("job_file", f"{path}: {error}") from error
     except RecursionError as error:
@@ -34,6 +36,20 @@ def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobS
     if not isinstance(content, dict):
         raise InvalidInputError("job_file", f"{path}: a job is a table of keys and values")
     return parse_job(content | dict(changes or {}), str(path))
+
+
+def _json(text: str) -> Any:
+    """Read JSON in which no key may appear twice, as in TOML."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InvalidInputError("job_file", f"the key {twice!r} appears twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=table)
 
 
 def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
@@ -47,6 +63,8 @@ def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
             raise InvalidInputError(error.code, f"{where}: {error}")
     try:
         return pydantic.TypeAdapter(JobSpec).validate_python(dict(content))
+    except InvalidInputError as error:
+        raise InvalidInputError(error.code, f"{where}: {error}") from error
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -132,3 +132,37 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidInputError, match="not UTF-8"):
         load_job(tmp_path / "job.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_probes", 0),
+        ("refine", -1),
+        ("seed", -1),
+        ("num_workers", 0),
+        ("latency_seconds", 0.0),
+        ("latency_seconds", float("nan")),
+        ("latency_seconds", float("inf")),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_with_key_and_value(key: str, value: float) -> None:
+    with pytest.raises(InvalidInputError, match=rf"^{key}: .*, got {value}$") as caught:
+        JobSpec(model="a:b", calibration="a:c", budgets=(), **{key: value})
+    assert caught.value.code == "job_value"
+    with pytest.raises(InvalidInputError, match=rf"^job: {key}: .*, got {value}$"):
+        parse_job({**SMALL, key: value})
+
+
+@pytest.mark.parametrize("value", ["2", None, 1.5, True])
+def test_a_number_of_the_wrong_kind_is_told_in_python_too(value: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"^num_probes: a whole number"):
+        JobSpec(model="a:b", calibration="a:c", budgets=(), num_probes=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["seed", "fc"])
+def test_a_key_that_appears_twice_in_json_is_refused(tmp_path: Path, key: str) -> None:
+    text = '{"seed": 1, "seed": 2}' if key == "seed" else '{"pin": {"fc": "int4", "fc": "int8"}}'
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(InvalidInputError, match=rf"job\.json: the key '{key}' appears twice"):
+        load_job(tmp_path / "job.json")

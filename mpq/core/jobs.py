@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 from mpq.core.errors import InvalidInputError
@@ -23,6 +25,7 @@ class JobSpec:
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. `skip` and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    Raises InvalidInputError (`job_value`) for a number out of its range.
     """
 
     version: Literal[1] = 1
@@ -49,6 +52,25 @@ class JobSpec:
     num_probes: int = 2
     refine: int = 4
     latency_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        self._at_least("num_probes", 1)
+        self._at_least("refine", 0)
+        self._at_least("seed", 0)
+        if self.num_workers is not None:
+            self._at_least("num_workers", 1)
+        seconds = self.latency_seconds
+        if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+            raise InvalidInputError(
+                "job_value", f"latency_seconds: a positive number of seconds, got {seconds!r}"
+            )
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(
+                "job_value", f"{name}: a whole number from {least} on, got {value!r}"
+            )
 
 
 class RunState(enum.StrEnum):

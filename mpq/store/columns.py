@@ -86,10 +86,10 @@ class Json(TypeDecorator[Any]):
             return None
         try:
             return _adapter(self.record).validate_python(value)
-        except ValueError as error:
+        except (ValueError, InvalidInputError) as error:
             raise StorageError("storage_corrupt", f"cannot read {self._said(error)}") from None
 
-    def _said(self, error: ValueError) -> str:
+    def _said(self, error: Exception) -> str:
         name = getattr(self.record, "__name__", str(self.record))
         if not hasattr(error, "errors"):
             return f"a {name}: {error}"
