@@ -1,20 +1,25 @@
-"""What an allocation really does to the network's outputs, metrics and bytes."""
+"""What an allocation really does to the network's outputs and metrics."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
-from mpq.nn.batches import call, checked_call, position_mask
+from mpq.core.protocols import Partial
+from mpq.nn.batches import call, position_mask
+from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.patch import evaluating
-from mpq.nn.shipping import ShippedWorkload
 from mpq.nn.workload import Workload
+from mpq.tasks import Bench, Split, Workers
 
-Split = str  # "calibration" | "held_out"
+_VERSION = 1  # part of every content key: raise it when results change
+_METRIC = "metric "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,40 +33,23 @@ class Candidate:
     predicted: float | None = None
 
 
-@dataclass(slots=True)
-class Bench:
-    """A workload set up for measuring: original outputs are computed once per split."""
-
-    workload: Workload
-    _references: dict[Split, list[torch.Tensor]] = field(default_factory=dict)
-
-    def batches(self, split: Split) -> tuple[object, ...]:
-        """Return the batches of a split."""
-        chosen = {"calibration": self.workload.calibration, "held_out": self.workload.held_out}
-        return chosen[split]
-
-    def references(self, split: Split) -> list[torch.Tensor]:
-        """Return the original network's outputs, one per batch."""
-        if split not in self._references:
-            model = self.workload.model
-            with evaluating(model), torch.no_grad():
-                self._references[split] = [
-                    checked_call(model, batch, f"{split} batch {number}")
-                    for number, batch in enumerate(self.batches(split))
-                ]
-        return self._references[split]
-
-
-def prepare(source: Workload | ShippedWorkload) -> Bench:
-    """Set a worker up for scoring and measuring."""
-    return Bench(source.unpack() if isinstance(source, ShippedWorkload) else source)
-
-
-def measure(bench: Bench, candidate: Candidate) -> Evaluation:
-    """Run a candidate over its split: one forward pass, plus the user's metrics if asked.
+def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluation]:
+    """Return the measurement of each candidate, in order; none is measured twice.
 
     The divergence is the mean over samples; its standard error is over samples.
     """
+    work = [(_key(workers.workload, candidate), candidate) for candidate in candidates]
+    label = f"measuring ({candidates[0].split.replace('_', '-')})"
+    return [
+        _evaluation(candidate, workers.workload.divergence.kind, found)
+        for candidate, found in zip(
+            candidates, workers.finished(label, run_candidate, work), strict=True
+        )
+    ]
+
+
+def run_candidate(bench: Bench, candidate: Candidate) -> Partial:
+    """Run a candidate over its split: one forward pass, plus the user's metrics if asked."""
     started = time.perf_counter()
     workload = bench.workload
     references = bench.references(candidate.split)
@@ -70,27 +58,46 @@ def measure(bench: Bench, candidate: Candidate) -> Evaluation:
         torch.no_grad(),
         workload.quantized_as(candidate.allocation) as model,
     ):
-        per_sample = torch.cat(
-            [
-                workload.divergence.between(reference, output, position_mask(batch, output))
-                for batch, reference in zip(bench.batches(candidate.split), references, strict=True)
-                for output in [call(model, batch)]
-            ]
-        ).double()
+        per_sample = [
+            workload.divergence.between(reference, output, position_mask(batch, output))
+            for batch, reference in zip(bench.batches(candidate.split), references, strict=True)
+            for output in [call(model, batch)]
+        ]
         metrics = (
-            {name: float(value) for name, value in workload.evaluate(model).items()}
+            workload.evaluate(model)
             if candidate.with_metrics and workload.evaluate is not None
             else {}
         )
-    spread = float(per_sample.std()) if len(per_sample) > 1 else 0.0
+    return {
+        "per_sample": torch.cat(per_sample).double().numpy(),
+        "seconds": np.array(time.perf_counter() - started),
+        **{f"{_METRIC}{name}": np.array(float(value)) for name, value in metrics.items()},
+    }
+
+
+def _key(workload: Workload, candidate: Candidate) -> str:
+    batches = {"calibration": workload.batch_keys, "held_out": workload.held_out_keys}
+    evaluate = function_digest(workload.evaluate) if candidate.with_metrics else ""
+    of_split = batches[candidate.split]
+    setting = ("evaluation", _VERSION, workload.key, of_split, evaluate)
+    return digest(setting, candidate.allocation.text())
+
+
+def _evaluation(candidate: Candidate, divergence: str, found: Partial) -> Evaluation:
+    per_sample = found["per_sample"].astype(np.float64)
+    spread = float(per_sample.std(ddof=1)) if len(per_sample) > 1 else 0.0
     return Evaluation(
         candidate=candidate.name,
         split=candidate.split,
         allocation=candidate.allocation,
-        divergence=workload.divergence.kind,
+        divergence=divergence,
         mean=float(per_sample.mean()),
         stderr=spread / len(per_sample) ** 0.5,
         predicted=candidate.predicted,
-        metrics=metrics,
-        seconds=time.perf_counter() - started,
+        metrics={
+            name.removeprefix(_METRIC): float(value.astype(np.float64))
+            for name, value in found.items()
+            if name.startswith(_METRIC)
+        },
+        seconds=float(found["seconds"].astype(np.float64)),
     )

@@ -118,4 +118,5 @@ def make_workload(
         num_probes=spec.num_probes,
         key=key,
         batch_keys=batches_digest(given.calibration),
+        held_out_keys=batches_digest(given.held_out),
     )

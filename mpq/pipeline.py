@@ -23,10 +23,9 @@ from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_tex
 from mpq.core.protocols import Executor
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
-from mpq.evaluate import Candidate, measure, prepare
+from mpq.evaluate import Candidate, measure
 from mpq.export.packed import write_packed
 from mpq.intake import Given, graph_of, load, make_workload
-from mpq.nn.shipping import ship
 from mpq.nn.workload import Workload
 from mpq.progress import Bars, Progress, Silent
 from mpq.refine import Relinearise
@@ -34,6 +33,7 @@ from mpq.refine import refine as refined
 from mpq.result import SearchResult
 from mpq.scoring import relinearise, score, search_ranges
 from mpq.store.store import Store, open_store
+from mpq.tasks import Workers
 from sensitivity import get_metric
 from solvers import get_solver, solve
 from workers import get_executor
@@ -210,8 +210,8 @@ def _stages(
     _refuse_infeasible(workload, costs, resolved)
     _note_loose(costs, resolved, store, run_id)
     search_ranges(workload, progress)
-    setup = partial(prepare, ship(workload) if spec.executor == "ray" else workload)
-    scores = score(workload, spec.metric, executor, setup, store, progress)
+    workers = Workers.of(workload, executor, store, progress)
+    scores = score(workers, spec.metric)
     problem = Problem(
         sensitivity=scores.sensitivity,
         costs=costs,
@@ -221,8 +221,8 @@ def _stages(
     store.put_sensitivity(run_id, scores.sensitivity)
     if scores.responses is not None:
         store.put_responses(run_id, scores.responses)
-    measured = partial(_measure, executor, setup, store, run_id, progress)
-    around = partial(relinearise, workload, executor, setup, store, progress)
+    measured = partial(_measure, workers, run_id)
+    around = partial(relinearise, workers)
     chosen = _choose(problem, spec, measured, around, store, run_id)
     _compare(chosen, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
@@ -258,21 +258,13 @@ def _note_loose(
 
 
 def _measure(
-    executor: Any,
-    setup: Callable[[], Any],
-    store: Store,
-    run_id: str,
-    progress: Progress,
-    candidates: Sequence[Candidate],
+    workers: Workers, run_id: str, candidates: Sequence[Candidate]
 ) -> dict[str, Evaluation]:
-    """Measure candidates of one split on the workers and keep each result as it arrives."""
-    found: dict[str, Evaluation] = {}
-    with progress.stage(f"measuring ({candidates[0].split})", len(candidates)) as advance:
-        for _, evaluation in executor.map(setup, measure, candidates):
-            store.put_evaluation(run_id, evaluation)
-            found[evaluation.candidate] = evaluation
-            advance()
-    return found
+    """Measure candidates of one split and keep the evaluations with the run."""
+    found = measure(workers, candidates)
+    for evaluation in found:
+        workers.store.put_evaluation(run_id, evaluation)
+    return {evaluation.candidate: evaluation for evaluation in found}
 
 
 def _choose(

@@ -277,3 +277,20 @@ def test_static_ranges_of_convolutions_are_kept_with_the_run(store: Store) -> No
         original = torch.cat([model(b) for b in batches])
     divergence = OutputDivergence("kl").between(original, outputs).mean()
     assert float(divergence) == pytest.approx(measured.mean, rel=1e-9)
+
+
+def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = search(store, evaluate=count_parameters)
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("mpq.evaluate.run_candidate", never)
+    monkeypatch.setattr("sensitivity.gauss_newton.GaussNewton.run", never)
+    second = search(store, evaluate=count_parameters)
+    assert second.allocation == first.allocation
+    assert second.evaluation == first.evaluation
+
+
+def count_parameters(model: nn.Module) -> dict[str, float]:
+    return {"parameters": float(sum(p.numel() for p in model.parameters()))}

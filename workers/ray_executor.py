@@ -32,6 +32,8 @@ class RayExecutor:
     worker. Ray gives each worker one OpenMP thread: two that share a core slow each other.
     """
 
+    in_process = False
+
     def __init__(self, num_workers: int | None = None) -> None:
         self._num_workers = num_workers or os.cpu_count() or 1
         self._setup: Callable[[], Any] | None = None

@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 class SerialExecutor:
     """An executor in the calling process."""
 
+    in_process = True
+
     def __init__(self) -> None:
         self._prepared: tuple[Callable[[], Any], Any] | None = None
 

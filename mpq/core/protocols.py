@@ -81,6 +81,8 @@ class Solver(Protocol):
 class Executor(Protocol):
     """Where independent tasks run: one file under `workers/`; knows nothing of quantization."""
 
+    in_process: bool  # tasks run here: what they get need not travel
+
     def map(
         self,
         setup: Callable[[], State],

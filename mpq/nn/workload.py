@@ -28,7 +28,7 @@ class Workload:
     """A network with its calibration and held-out batches and what may be chosen for it.
 
     `key` names the network, its data and everything else scores depend on, except the batch,
-    which is `batch_keys[i]`.
+    which is `batch_keys[i]` or, held out, `held_out_keys[i]`.
     """
 
     model: nn.Module
@@ -44,6 +44,7 @@ class Workload:
     num_probes: int = 2
     key: str = ""
     batch_keys: tuple[str, ...] = ()
+    held_out_keys: tuple[str, ...] = ()
 
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
         """Return the scheme of each layer under an allocation of units."""

@@ -1,0 +1,100 @@
+"""Independent tasks: run wherever workers are, kept in the database as each one finishes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from mpq.core.protocols import Executor, Partial
+from mpq.nn.batches import Batch, checked_call
+from mpq.nn.patch import evaluating
+from mpq.nn.shipping import ShippedWorkload, ship
+from mpq.nn.workload import Workload
+from mpq.progress import Progress
+from mpq.store.store import Store
+
+Item = TypeVar("Item")
+Split = str  # "calibration" | "held_out"
+
+
+@dataclass(slots=True)
+class Bench:
+    """What a worker holds: the workload, and the original outputs, computed once per split."""
+
+    workload: Workload
+    _references: dict[Split, list[torch.Tensor]] = field(default_factory=dict)
+
+    def batches(self, split: Split) -> tuple[Batch, ...]:
+        """Return the batches of a split."""
+        of_split = {"calibration": self.workload.calibration, "held_out": self.workload.held_out}
+        return of_split[split]
+
+    def references(self, split: Split) -> list[torch.Tensor]:
+        """Return the original network's outputs, one per batch."""
+        if split not in self._references:
+            with evaluating(self.workload.model) as model, torch.no_grad():
+                self._references[split] = [
+                    checked_call(model, batch, f"{split} batch {number}")
+                    for number, batch in enumerate(self.batches(split))
+                ]
+        return self._references[split]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Those who run the tasks of one run, and the database that keeps what they find."""
+
+    workload: Workload
+    executor: Executor
+    setup: Callable[[], Bench]
+    store: Store
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls, workload: Workload, executor: Executor, store: Store, progress: Progress
+    ) -> Workers:
+        """Prepare workers; other processes get the network's weights once, as shared memory."""
+        source = workload if executor.in_process else ship(workload)
+        return cls(workload, executor, partial(_set_up, source), store, progress)
+
+    def finished(
+        self,
+        label: str,
+        fn: Callable[[Bench, Item], Partial],
+        work: Sequence[tuple[str, Item]],
+    ) -> list[Partial]:
+        """Return `fn(bench, item)` of each (key, item), in order.
+
+        What is in the database under its key is not done again; each result is there before it
+        counts.
+        """
+        done = self.store.partials(key for key, _ in work)
+        missing = [(key, item) for key, item in work if key not in done]
+        with self.progress.stage(label, len(work)) as advance:
+            for _ in range(len(work) - len(missing)):
+                advance()
+            items = [(fn, item) for _, item in missing]
+            for position, (found, seconds) in self.executor.map(self.setup, _timed, items):
+                key = missing[position][0]
+                self.store.put_partial(key, found, seconds)
+                done[key] = found
+                advance()
+        return [done[key] for key, _ in work]
+
+
+def _set_up(source: Workload | ShippedWorkload) -> Bench:
+    return Bench(source.unpack() if isinstance(source, ShippedWorkload) else source)
+
+
+def _timed(
+    bench: Bench, work: tuple[Callable[[Bench, Item], Partial], Item]
+) -> tuple[Partial, float]:
+    fn, item = work
+    started = time.perf_counter()
+    return fn(bench, item), time.perf_counter() - started
