@@ -210,3 +210,8 @@ def test_every_plug_in_file_is_registered_or_used(package: str) -> None:
         and not any(within(name, (module,)) for name in used)
     ]
     assert forgotten == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_that_it_is_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()
