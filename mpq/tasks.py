@@ -74,16 +74,16 @@ class Workers:
         What is in the database under its key is not done again; each result is there before it
         counts.
         """
-        done = self.store.partials(key for key, _ in work)
-        missing = [(key, item) for key, item in work if key not in done]
-        with self.progress.stage(label, len(work)) as advance:
-            for _ in range(len(work) - len(missing)):
+        unique = dict(work)
+        done = self.store.partials(unique)
+        missing = [key for key in unique if key not in done]
+        with self.progress.stage(label, len(unique)) as advance:
+            for _ in range(len(done)):
                 advance()
-            items = [(fn, item) for _, item in missing]
+            items = [(fn, unique[key]) for key in missing]
             for position, (found, seconds) in self.executor.map(self.setup, _timed, items):
-                key = missing[position][0]
-                self.store.put_partial(key, found, seconds)
-                done[key] = found
+                self.store.put_partial(missing[position], found, seconds)
+                done[missing[position]] = found
                 advance()
         return [done[key] for key, _ in work]
 
