@@ -55,7 +55,7 @@ class RayExecutor:
         waiting = deque(enumerate(items))
         if not waiting:
             return
-        ray = _connected(self._num_workers)
+        ray = _connected(max(self._num_workers, os.cpu_count() or 1))  # others may want more later
         if self._setup is not setup:
             self.close()
             self._setup, self._setup_reference = setup, ray.put(setup)
