@@ -333,10 +333,11 @@ class Responses:
         """
         vectors = self.vectors.astype(np.float64)
         num_cells, samples, probes = vectors.shape
-        flat = vectors.reshape(num_cells, -1)
+        flat = vectors.reshape(num_cells, samples * probes)
         mean = 0.5 * (flat @ flat.T) / (samples * probes)
         # sum_n (sum_k u_ik u_jk)^2 = sum_nkl (u_ik u_il) (u_jk u_jl): one product as well
-        outer = (vectors[:, :, :, None] * vectors[:, :, None, :]).reshape(num_cells, -1)
+        outer = vectors[:, :, :, None] * vectors[:, :, None, :]
+        outer = outer.reshape(num_cells, samples * probes**2)
         square = 0.25 * (outer @ outer.T) / probes**2
         if samples > 1:
             variance = np.maximum(square / samples - np.square(mean), 0.0) / (samples - 1)
