@@ -18,7 +18,7 @@ from mpq.tasks import Bench, Workers
 from sensitivity import get_metric
 from sensitivity.responses import responses_of_batch
 
-_VERSION = 1  # of the relinearisation: part of its content keys
+_VERSION = 2  # of the relinearisation: part of its content keys
 
 
 def search_ranges(workload: Workload, progress: Progress) -> None:

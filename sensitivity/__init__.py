@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from mpq.core.errors import unknown
 from mpq.core.protocols import Metric
 
 
-def _gauss_newton() -> Metric:
-    from sensitivity.gauss_newton import GaussNewton
+def _metric(place: str, **options: Any) -> Callable[[], Metric]:
+    """Return a maker of the class at "module:Class", imported when it is first asked for."""
 
-    return GaussNewton()
+    def make() -> Metric:
+        module, _, name = place.partition(":")
+        metric: Metric = getattr(import_module(module), name)(**options)
+        return metric
 
-
-def _hessian_trace() -> Metric:
-    from sensitivity.hessian_trace import HessianTrace
-
-    return HessianTrace()
+    return make
 
 
 METRICS: dict[str, Callable[[], Metric]] = {
-    "gauss_newton": _gauss_newton,
-    "hessian_trace": _hessian_trace,
+    "gauss_newton": _metric("sensitivity.gauss_newton:GaussNewton"),
+    "hessian_trace": _metric("sensitivity.hessian_trace:HessianTrace"),
 }
 
 

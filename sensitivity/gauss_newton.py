@@ -14,11 +14,11 @@ import numpy as np
 
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Responses, SensitivityTable
-from mpq.nn.fingerprint import digest
 from mpq.nn.workload import Workload
 from sensitivity.responses import responses_of_batch
+from sensitivity.tasks import batch_tasks
 
-_VERSION = 1  # part of every content key: raise it when results change
+_VERSION = 2  # part of every content key: raise it when results change
 
 
 class GaussNewton:
@@ -28,12 +28,7 @@ class GaussNewton:
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per batch; its key holds model, data, cells, probes and seed."""
-        cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
-        setting = (self.name, _VERSION, workload.key, cells, workload.num_probes, workload.seed)
-        return [
-            Task(digest(setting, batch_key, number), (number,))
-            for number, batch_key in enumerate(workload.batch_keys)
-        ]
+        return batch_tasks(workload, self.name, _VERSION)
 
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return the responses of every cell to one batch: "u" of (cells, samples, probes)."""

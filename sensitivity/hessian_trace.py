@@ -22,9 +22,11 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, SensitivityTable
 from mpq.nn.batches import position_mask
-from mpq.nn.fingerprint import digest, function_digest
+from mpq.nn.fingerprint import function_digest
 from mpq.nn.patch import evaluating, frozen
 from mpq.nn.workload import Workload
+from sensitivity.calls import Part, loss_of
+from sensitivity.tasks import refuse_activations, unit_tasks
 
 _VERSION = 1
 _PROBES_FACTOR = 8  # probes per batch: this many times the job's `num_probes`
@@ -40,22 +42,8 @@ class HessianTrace:
 
         Raises InvalidInputError for schemes that quantize activations.
         """
-        for unit, scheme in workload.cells:
-            if not scheme.activations.is_native:
-                raise InvalidInputError(
-                    "weights_only",
-                    f"hessian_trace scores weights only, but {scheme} of unit {unit!r} quantizes "
-                    f"activations: use metric='gauss_newton' or weights-only schemes",
-                )
-        loss = function_digest(workload.loss)
-        probes = (workload.num_probes, workload.seed)
-        setting = (self.name, _VERSION, workload.key, workload.batch_keys, loss, probes)
-        return [
-            Task(digest(setting, unit, list(map(str, schemes)), number), (number,))
-            for number, (unit, schemes) in enumerate(
-                zip(workload.cells.units, workload.cells.schemes, strict=True)
-            )
-        ]
+        refuse_activations(self.name, workload)
+        return unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
 
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return "traces" of (layers, batches, probes) and "squared" of (layers, schemes)."""
@@ -164,12 +152,4 @@ def _loss(workload: Workload, position: int, batch: object) -> torch.Tensor:
     if workload.loss is None:
         mask = position_mask(batch, output)
         return workload.divergence.between(output.detach(), output, mask).mean()
-    loss = workload.loss(output, batch)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        got = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise InvalidInputError(
-            "loss", f"the loss must return one number, on batch {position} it returned {got}"
-        )
-    if not torch.isfinite(loss):
-        raise InvalidInputError("loss", f"the loss is {float(loss.detach())} on batch {position}")
-    return loss
+    return loss_of(workload, Part(position, batch, 0, 0), output)

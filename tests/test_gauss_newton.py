@@ -19,6 +19,7 @@ from mpq.nn.fingerprint import batches_digest, model_digest
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.workload import Workload
+from sensitivity.calls import parts
 from sensitivity.gauss_newton import GaussNewton
 from sensitivity.responses import responses_of_batch
 
@@ -306,13 +307,13 @@ def test_around_quantized_activations_gradients_pass_the_rounding() -> None:
 
 @pytest.mark.parametrize("positions", [1, 20])
 def test_weight_gradients_and_replays_give_the_same_inner_products(positions: int) -> None:
-    from sensitivity.responses import _Change
+    from sensitivity.changes import Change
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5)).eval()
     workload = make_workload(model, [torch.randn(3, positions, 6)], "mse")
     layer = workload.graph.layers[0]
-    change = _Change(workload, layer, model[0], SCHEMES, None)
+    change = Change(workload, layer, model[0], SCHEMES, None)
     inputs, gradient = torch.randn(3, positions, 6), torch.randn(2, 3, positions, 5)
     changed = [0, 1]
     ghost = change._ghost(inputs, gradient, 3, changed)
@@ -354,3 +355,26 @@ def test_layers_that_read_time_first_are_scored_sample_by_sample() -> None:
     ]
     lossy = scores[1] > 0
     np.testing.assert_allclose(scores[0][lossy], scores[1][lossy], rtol=0.5)
+
+
+@pytest.mark.parametrize("kind", ["kl", "cosine", "mse"])
+def test_however_the_samples_are_cut_into_batches_the_numbers_are_the_same(kind: Kind) -> None:
+    torch.manual_seed(0)
+    model, samples = small_cnn(), torch.randn(6, 2, 4, 4)
+    found = [
+        responses(make_workload(model, torch.split(samples, sizes), kind))
+        for sizes in ([6], [2, 4], [1, 2, 3])
+    ]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_that_is_too_large_is_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    workload = make_workload(small_cnn(), [torch.randn(7, 2, 4, 4)])
+    whole = responses(workload)
+    monkeypatch.setattr("sensitivity.calls._HELD_BYTES", 5_000)
+    sizes = [part.samples for part in parts(workload, 0, 2)]
+    assert sum(sizes) == 7
+    assert 1 < len(sizes) < 7
+    np.testing.assert_allclose(responses(workload), whole, rtol=1e-4, atol=1e-7)

@@ -25,10 +25,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """An independent piece of scoring; `key` names everything its result depends on."""
+    """An independent piece of scoring; `key` names everything its result depends on.
+
+    Scoring may stop early, after all tasks of some `round`.
+    """
 
     key: str
     part: tuple[int, ...]
+    round: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class Metric(Protocol):
         """Do one task; the model is only borrowed."""
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
-        """Put the results of all tasks, in task order, together."""
+        """Put the results of all tasks of the first rounds, in task order, together."""
 
 
 class CostModel(Protocol):

@@ -58,7 +58,12 @@ class OutputDivergence:
         rounding error of float32.
         """
         wide = torch.float64 if original.numel() <= _SMALL else torch.float32
-        reference, changed = self.head(original.to(wide)), self.head(output.to(wide))
+        return self.between_heads(self.head(original.to(wide)), self.head(output.to(wide)), mask)
+
+    def between_heads(
+        self, reference: torch.Tensor, changed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the divergence of each sample from h(z) and h(z'), shape (N,)."""
         if self.kind == "mse":
             at_position = (reference - changed).square().mean(-1)
         elif self.kind == "cosine":
