@@ -144,6 +144,10 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("latency_seconds", 0.0),
         ("latency_seconds", float("nan")),
         ("latency_seconds", float("inf")),
+        ("metric_seconds", -1.0),
+        ("precision", 0.0),
+        ("precision", 1.0),
+        ("precision", float("nan")),
     ],
 )
 def test_a_number_out_of_range_is_one_line_with_key_and_value(key: str, value: float) -> None:

@@ -24,7 +24,12 @@ class JobSpec:
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
-    take. `skip` and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    take. The metric "auto" scores by several within `metric_seconds`; measurements pick. Scoring
+    ends early at a `precision`: a relative standard error, or "settled" (see mpq.adaptive). `skip`
+    and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
+    gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
+    "accuracy >= 0.99" are on metrics of `evaluate`, on qualities or on named quality functions.
     Raises InvalidInputError (`job_value`) for a number out of its range.
     """
 
@@ -46,12 +51,17 @@ class JobSpec:
     pin: dict[str, str] = field(default_factory=dict)
     groups: Literal["auto", "none"] | tuple[tuple[str, ...], ...] = "auto"
     embeddings: bool = False
+    quality: dict[str, str] = field(default_factory=dict)
+    quality_groups: Literal["auto"] | dict[str, tuple[str, ...]] = "auto"
+    limits: tuple[str, ...] = ()
     executor: Literal["ray", "serial"] = "ray"
     num_workers: int | None = None
     seed: int = 0
     num_probes: int = 2
     refine: int = 4
     latency_seconds: float = 60.0
+    metric_seconds: float = 120.0
+    precision: float | Literal["settled"] | None = None
 
     def __post_init__(self) -> None:
         self._at_least("num_probes", 1)
@@ -59,10 +69,21 @@ class JobSpec:
         self._at_least("seed", 0)
         if self.num_workers is not None:
             self._at_least("num_workers", 1)
-        seconds = self.latency_seconds
-        if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+        for name in ("latency_seconds", "metric_seconds"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+                raise InvalidInputError(
+                    "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
+                )
+        if self.precision not in (None, "settled") and not (
+            isinstance(self.precision, Real)
+            and not isinstance(self.precision, bool)
+            and 0 < self.precision < 1
+        ):
             raise InvalidInputError(
-                "job_value", f"latency_seconds: a positive number of seconds, got {seconds!r}"
+                "job_value",
+                "precision: 'settled' or a relative standard error between 0 and 1 such as 0.05, "
+                f"got {self.precision!r}",
             )
 
     def _at_least(self, name: str, least: int) -> None:
