@@ -23,7 +23,13 @@ def _metric(place: str, **options: Any) -> Callable[[], Metric]:
 
 METRICS: dict[str, Callable[[], Metric]] = {
     "gauss_newton": _metric("sensitivity.gauss_newton:GaussNewton"),
+    "gauss_newton_trace": _metric("sensitivity.gauss_newton_trace:GaussNewtonTrace"),
     "hessian_trace": _metric("sensitivity.hessian_trace:HessianTrace"),
+    "lrp": _metric("sensitivity.lrp:Lrp"),
+    "lrp_importance": _metric("sensitivity.lrp:Lrp", error=False),
+    "hessian_top": _metric("sensitivity.hessian_top:HessianTop"),
+    "hessian_quadratic": _metric("sensitivity.hessian_quadratic:HessianQuadratic"),
+    "fisher": _metric("sensitivity.fisher:Fisher"),
 }
 
 

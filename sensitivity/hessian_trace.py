@@ -1,155 +1,201 @@
-"""HAWQ-V2's score: the mean Hessian trace of a layer times its squared weight perturbation.
+"""HAWQ-V2's score: the mean Hessian trace of a layer times its squared perturbation.
 
-    omega_l(c) = Tr(H_l) / n_l * ||Q_c(W_l) - W_l||_2^2      (Dong et al. 2020, eq. 6 and sec. 3.2)
+    omega_l(c) = Tr(H_W) / n_W * |Q_c(W_l) - W_l|^2 + mean_x Tr(H_a(x)) / n_a * |Q_c(a) - a|^2
 
-Tr(H_l) is estimated by Hutchinson's E[v^T H_l v] with sign vectors v, one layer at a time: one
-sweep for all layers would need L times fewer products but its cross-layer blocks raise the
-variance by more than that. Hessian-vector products are PyHessian's; its stopping rule is not
-used (it can stop after two draws), the number of probes is fixed and the error is reported.
+(Dong et al. 2020, eq. 6 and sec. 3.2; the term of activations, sec. 3.4, is our reading). H_W is
+the Hessian of the mean loss with respect to the layer's weight, H_a(x) that of sample x's loss with
+respect to the layer's input a; n_W and n_a are their numbers of elements. Without a loss it is the
+output divergence, of which the Hessian is the Gauss-Newton matrix.
+
+Traces are estimated by Hutchinson's E[v^T H v] with sign vectors v, one layer at a time: one sweep
+for all layers would need L times fewer products but its cross-layer blocks raise the variance by
+more than that. Hessian-vector products are PyHessian's; its stopping rule is not used (it can stop
+after two draws): probes come in rounds of a quarter, a quarter and half of their number, scoring
+may stop after any of them, and the error is reported.
+
+Cost for each stored weight and batch: in each round one forward pass and one backward pass that can
+be differentiated again, then one product, about two backward passes, a probe; the same again for
+each layer whose input may be quantized.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.formats import Scheme
+from mpq.core.layers import Layer
 from mpq.core.protocols import Partial, Scores, Task
-from mpq.core.tables import Cells, SensitivityTable
-from mpq.nn.batches import position_mask
-from mpq.nn.fingerprint import function_digest
-from mpq.nn.patch import evaluating, frozen
+from mpq.core.tables import Cells, Floats, SensitivityTable
+from mpq.nn.batches import num_samples
+from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.workload import Workload
-from sensitivity.calls import Part, loss_of
-from sensitivity.tasks import refuse_activations, unit_tasks
+from sensitivity.calls import Part, parts
+from sensitivity.estimators.hutchinson import quadratic_forms, sign_vector
+from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
+from sensitivity.input_changes import squared_input_changes
+from sensitivity.negative import warn_of_negative
+from sensitivity.tasks import unit_tasks
+from sensitivity.weight_calls import stored_weights
 
-_VERSION = 1
+_VERSION = 2
 _PROBES_FACTOR = 8  # probes per batch: this many times the job's `num_probes`
+_ROUNDS = (2, 2, 4)  # of them, in each round
+_ROWS = 4  # what the graph of a second derivative holds, in gradients of every layer's output
 
 
 class HessianTrace:
-    """The metric `hessian_trace`, for weights: one task for each unit."""
+    """The metric `hessian_trace`: one task for each round of probes and unit."""
 
     name = "hessian_trace"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per unit; its key holds model, data, cells, probes, loss and seed.
+        """Return all units' tasks of the first round, then those of the next.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        The key holds model, data, cells, probes, loss and seed.
         """
-        refuse_activations(self.name, workload)
-        return unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
+        units = unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
+        return [
+            Task(digest(task.key, number), (*task.part, number), round=number)
+            for number in range(len(_ROUNDS))
+            for task in units
+        ]
 
     def run(self, workload: Workload, task: Task) -> Partial:
-        """Return "traces" of (layers, batches, probes) and "squared" of (layers, schemes)."""
-        (number,) = task.part
+        """Return draws of one unit: layers are its stored weights, P the probes of the round.
+
+        "traces" of (layers, batches, P) and "squared" of (layers, schemes) are the two factors of
+        the weights' term, "sizes" and "samples" the elements of each layer and the samples of each
+        batch; "inputs" of (schemes, P) is the term of activations.
+        """
+        number, turn = task.part
         unit, schemes = workload.graph.units[number], workload.cells.schemes[number]
-        layers = workload.graph.stored_layers(unit)
-        parameters = dict(workload.model.named_parameters())
-        traces, squared = [], []
-        for layer in layers:
-            weight = parameters[layer.weight_id]
-            traces.append(_traces(workload, weight, number))
-            original = weight.detach()
-            squared.append(
-                [
-                    float(
-                        (
-                            workload.quantizer.fake_quantize(
-                                layer.weight_id, original, s.weights, layer.channel_axis
-                            )
-                            - original
-                        )
-                        .double()
-                        .square()
-                        .sum()
-                    )
-                    for s in schemes
-                ]
-            )
-        sizes = np.array([layer.num_weights for layer in layers])
-        return {"traces": np.array(traces), "squared": np.array(squared), "sizes": sizes}
+        probes = _ROUNDS[turn] * workload.num_probes
+        seed = (workload.seed * 1_000_003 + number) * len(_ROUNDS) + turn
+        generator = torch.Generator().manual_seed(seed)
+        weights = list(stored_weights(workload, unit, schemes))
+        traces = [
+            _weight_draws(workload, weight.parameter, probes, generator)
+            if any(delta is not None for delta in weight.deltas)
+            else [[0.0] * probes for _ in workload.calibration]
+            for weight in weights
+        ]
+        inputs = np.zeros((len(schemes), probes))
+        if not all(scheme.activations.is_native for scheme in schemes):
+            for name in unit.layers:
+                layer = workload.graph.by_name[name]
+                inputs += _input_draws(workload, layer, schemes, probes, generator)
+        return {
+            "traces": np.array(traces),
+            "squared": np.array([weight.squared for weight in weights]),
+            "sizes": np.array([weight.layer.num_weights for weight in weights]),
+            "samples": np.array([num_samples(batch) for batch in workload.calibration]),
+            "inputs": inputs,
+        }
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
-        """Return omega of every cell; the error bar is that of the trace, over probes."""
+        """Return omega of every cell; the error bar is that of the traces, over probes."""
         values, errors = [], []
-        for partial in partials:
-            draws = partial["traces"].mean(axis=1)  # over batches: (layers, probes)
-            mean = draws.mean(axis=1) / partial["sizes"]
-            error = draws.std(axis=1, ddof=1) / math.sqrt(draws.shape[1]) / partial["sizes"]
-            values.append(mean @ partial["squared"])
-            errors.append(np.sqrt(np.square(error) @ np.square(partial["squared"])))
+        count = len(cells.units)
+        for number in range(count):
+            value, error = _omega(partials[number::count])
+            values.append(value)
+            errors.append(error)
         table = SensitivityTable(
             metric=self.name,
             cells=cells,
             values=np.concatenate(values),
             stderr=np.concatenate(errors),
         )
+        warn_of_negative(table)
         return Scores(sensitivity=table)
 
 
-def _traces(workload: Workload, weight: nn.Parameter, number: int) -> list[list[float]]:
+def _omega(rounds: Sequence[Partial]) -> tuple[Floats, Floats]:
+    """Return omega of each scheme of a unit and its standard error."""
+    squared, sizes, samples = (
+        np.asarray(rounds[0][part], np.float64) for part in ("squared", "sizes", "samples")
+    )
+    traces = np.concatenate([p["traces"] for p in rounds], axis=2)
+    draws = np.average(traces, axis=1, weights=samples) / sizes[:, None]
+    inputs = np.concatenate([p["inputs"] for p in rounds], axis=1)
+    variance = draws.var(axis=1, ddof=1) @ squared**2 + inputs.var(axis=1, ddof=1)
+    value = draws.mean(axis=1) @ squared + inputs.mean(axis=1)
+    return value, np.sqrt(variance / draws.shape[1])
+
+
+def _weight_draws(
+    workload: Workload, weight: nn.Parameter, probes: int, generator: torch.Generator
+) -> list[list[float]]:
     """Return v^T H v of one weight for each batch and probe; H is that of the batch's mean loss."""
-    generator = torch.Generator().manual_seed(workload.seed * 1_000_003 + number)
-    with (
-        evaluating(workload.model),
-        frozen(workload.model),
-        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no second derivative
-        torch.enable_grad(),
-    ):
-        weight.requires_grad_(True)
-        try:
-            return [
-                _draws(
-                    _loss(workload, position, batch),
-                    weight,
-                    _PROBES_FACTOR * workload.num_probes,
-                    generator,
-                )
-                for position, batch in enumerate(workload.calibration)
-            ]
-        finally:
-            weight.requires_grad_(False)
+    found = []
+    with twice_differentiable(workload, weight):
+        for number, batch in enumerate(workload.calibration):
+            loss = loss_on(workload, Part(number, batch, 0, num_samples(batch)))
+            products = HessianProducts(loss, [weight])
+
+            def flat(v: torch.Tensor, products: HessianProducts = products) -> torch.Tensor:
+                return products([v.reshape(weight.shape)])[0].flatten()
+
+            size, dtype = weight.numel(), weight.dtype
+            found.append(list(quadratic_forms(flat, size, probes, generator, dtype)))
+    return found
 
 
-def _draws(
-    loss: torch.Tensor, weight: nn.Parameter, probes: int, generator: torch.Generator
-) -> list[float]:
-    from pyhessian.utils import hessian_vector_product
+def _input_draws(
+    workload: Workload,
+    layer: Layer,
+    schemes: Sequence[Scheme],
+    probes: int,
+    generator: torch.Generator,
+) -> Floats:
+    """Return mean_x v^T H_a(x) v / n_a * |Q(a) - a|^2 of each scheme and probe.
 
-    if not loss.requires_grad:  # the weight does not reach the loss
-        return [0.0] * probes
-    draws = []
-    try:
-        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True, allow_unused=True)
-        if gradient is None or not gradient.requires_grad:  # at most linear in the weight
-            return [0.0] * probes
-        for _ in range(probes):
-            signs = torch.randint(0, 2, weight.shape, generator=generator)
-            v = signs.to(weight.detach()) * 2 - 1
-            (product,) = hessian_vector_product([gradient], [weight], [v])
-            draws.append(float((product * v).sum()))
-    except RuntimeError as error:
-        raise InvalidInputError(
-            "hessian_unsupported",
-            f"the model cannot be differentiated twice: {str(error).splitlines()[0]}; use "
-            f"metric='gauss_newton', which needs first derivatives only",
-        ) from error
-    return draws
-
-
-def _loss(workload: Workload, position: int, batch: object) -> torch.Tensor:
-    """Return the user's loss, or the divergence from the network's own outputs.
-
-    The Hessian of that divergence is the Gauss-Newton matrix, since its gradient is zero.
+    The loss is a mean over samples that do not see each other, so that one product with the input
+    of all of them holds v^T H_a(x) v of each, without terms between samples. Of a layer that is
+    called several times each call's input is quantized, and has its own term.
     """
-    output = workload.output(position, batch)
-    if workload.loss is None:
-        mask = position_mask(batch, output)
-        return workload.divergence.between(output.detach(), output, mask).mean()
-    return loss_of(workload, Part(position, batch, 0, 0), output)
+    found = np.zeros((len(schemes), probes))
+    total = sum(num_samples(batch) for batch in workload.calibration)
+    for number in range(len(workload.calibration)):
+        for part in parts(workload, number, _ROWS):
+            with twice_differentiable(workload), _moved_inputs(workload, layer) as seen:
+                products = HessianProducts(loss_on(workload, part), [move for _, move in seen])
+            changes = [
+                squared_input_changes(inputs, layer, schemes, part.samples)
+                * (part.samples / (inputs.numel() / part.samples))
+                for inputs, _ in seen
+            ]
+            for probe in range(probes):
+                vectors = [
+                    sign_vector(move.numel(), generator, move.dtype).reshape(move.shape)
+                    for _, move in seen
+                ]
+                for v, hv, change in zip(vectors, products(vectors), changes, strict=True):
+                    of_sample = (v * hv).reshape(part.samples, -1).double().sum(1)
+                    found[:, probe] += (change @ of_sample).numpy() / total
+    return found
+
+
+@contextmanager
+def _moved_inputs(
+    workload: Workload, layer: Layer
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Add a differentiable zero to the layer's input; yields (input, zero) of each call so far."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        values, *rest = args
+        zero = torch.zeros_like(values.detach()).requires_grad_()
+        seen.append((values.detach(), zero))
+        return (values + zero, *rest)
+
+    handle = workload.model.get_submodule(layer.name).register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()

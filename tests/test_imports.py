@@ -37,7 +37,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 HEAVY = {
     "pulp": {"solvers/milp.py"},
     "highspy": {"solvers/milp.py", "solvers/relaxation.py", "solvers/threads.py"},
-    "pyhessian": {"sensitivity/hessian_trace.py"},
+    "pyhessian": {"sensitivity/hessian_products.py"},
     "ray": {"workers/ray_executor.py"},
     "onnxruntime": {"hw_cost_models/measured/onnxruntime.py"},
     "onnx": {"hw_cost_models/measured/graphs.py"},

@@ -12,6 +12,7 @@ at each position), which is what the response sketch probes with random signs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,19 @@ class OutputDivergence:
         root = head.softmax(-1).sqrt()
         projected = signs - root * (root * signs).sum(-1, keepdim=True)
         return root * projected * weights
+
+    def columns(
+        self, head: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the columns of S, one for each element of a sample, ready to be back-propagated.
+
+        Sums over them are exact where means over random `seeds` are estimates: sum_e (S e)(S e)^T
+        = S S^T.
+        """
+        for element in range(head[0].numel()):
+            unit = head.new_zeros(head.shape)
+            unit.view(len(head), -1)[:, element] = 1
+            yield self.seeds(head, unit, mask)
 
     @staticmethod
     def _per_sample(positions: torch.Tensor) -> torch.Tensor:
