@@ -264,3 +264,47 @@ def slow_divergence(
             sum(at(original[(n, *p)], changed[(n, *p)]) for p in positions) / len(positions)
         )
     return found
+
+
+# --- curvature -------------------------------------------------------------------------------
+
+
+def sample_gradients(
+    module: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, samples: int
+) -> torch.Tensor:
+    """Return the weight's gradient of each row and sample, (rows, samples, *weight)."""
+    entries = len(inputs) // samples
+    found = []
+    for row in gradient:
+        for n in range(samples):
+            some = ... if samples == 1 else slice(n * entries, (n + 1) * entries)
+            weight = module.weight.detach().clone().requires_grad_()
+            output = torch.func.functional_call(module, {"weight": weight}, (inputs[some],))
+            (of_weight,) = torch.autograd.grad((output * row[some]).sum(), weight)
+            found.append(of_weight)
+    return torch.stack(found).reshape(len(gradient), samples, *module.weight.shape)
+
+
+def exact_hessian(
+    function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor
+) -> torch.Tensor:
+    """Return the whole Hessian of a function of one tensor as a square matrix."""
+    matrix = torch.func.hessian(function)(at.detach())
+    return matrix.reshape(at.numel(), at.numel()).detach()
+
+
+def slow_root(kind: str, output: torch.Tensor) -> torch.Tensor:
+    """Return S^T of one sample's output (positions, classes) and kind of divergence, as a matrix.
+
+    Its product with a change of h(z) has the length whose half square is the divergence.
+    """
+    positions, classes = output.shape
+    blocks = []
+    for z in output:
+        if kind == "kl":
+            p = z.softmax(-1)
+            blocks.append(p.sqrt().diag() - torch.outer(p.sqrt(), p))
+        else:
+            scale = (2 / classes) ** 0.5 if kind == "mse" else 1.0
+            blocks.append(scale * torch.eye(classes, dtype=z.dtype))
+    return torch.block_diag(*blocks) / positions**0.5

@@ -28,7 +28,8 @@ def hutchinson(
 
     The variance of a draw is half the sum of (A_ij + A_ji)^2 over i != j: a diagonal matrix takes
     one draw, and no other distribution of independent entries has less. Costs one product a draw.
-    The error bar is the standard error over the draws.
+    The error bar is the standard error over the draws; where one eigenvalue is most of the trace
+    draws are skewed, and with a dozen of them a 95 % interval covers some 93 %.
 
     With `precision` it stops at the first draw, from the eighth on, where the standard error is at
     most `precision` * |mean|, and `draws` is the most it takes. The rule looks at the standard
