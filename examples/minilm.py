@@ -8,11 +8,8 @@ there are depends a little on the Python version.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.util
-import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -23,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.docstrings import MODULES, paragraphs
 from examples.splits import check_split
 
 Batch = dict[str, Tensor]
@@ -37,28 +35,6 @@ HELD_OUT_SENTENCES = 256
 RETRIEVAL_PAIRS = 128
 MIN_CHARACTERS = 50
 MAX_CHARACTERS = 300
-
-# Modules that Python 3.11 and later have and that are plain source files.
-# fmt: off
-MODULES = (
-    "argparse", "ast", "asyncio.base_events", "asyncio.events", "asyncio.locks", "asyncio.queues",
-    "asyncio.streams", "asyncio.tasks", "base64", "bdb", "bisect", "bz2", "calendar", "cmd", "code",
-    "collections", "concurrent.futures._base", "configparser", "contextlib", "copy", "csv",
-    "dataclasses", "datetime", "difflib", "dis", "doctest", "email.charset", "email.header",
-    "email.message", "enum", "filecmp", "fileinput", "fractions", "ftplib", "functools", "gettext",
-    "graphlib", "gzip", "heapq", "hmac", "html.parser", "http.client", "http.cookiejar",
-    "http.server", "imaplib", "importlib.metadata", "inspect", "ipaddress", "json", "json.encoder",
-    "linecache", "locale", "logging", "logging.config", "logging.handlers", "lzma", "mailbox",
-    "mimetypes", "multiprocessing.managers", "multiprocessing.pool", "numbers", "optparse",
-    "pathlib", "pdb", "pickle", "pickletools", "pkgutil", "platform", "plistlib", "poplib",
-    "pprint", "pydoc", "queue", "random", "rlcompleter", "sched", "secrets", "selectors", "shelve",
-    "shlex", "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "string",
-    "subprocess", "symtable", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize",
-    "traceback", "types", "typing", "unittest.case", "unittest.loader", "unittest.mock",
-    "unittest.suite", "urllib.parse", "urllib.request", "uuid", "venv", "wave", "weakref",
-    "webbrowser", "xml.dom.minidom", "xml.sax.handler", "xmlrpc.client", "zipfile",
-)
-# fmt: on
 
 
 class Pair(NamedTuple):
@@ -130,19 +106,6 @@ def make_model() -> nn.Module:
     return SentenceEncoder(encoder).eval()
 
 
-def _paragraphs(module: str) -> Iterator[list[str]]:
-    """Yield the paragraphs of every function's and class's docstring in a module's source."""
-    spec = importlib.util.find_spec(module)
-    loader: Any = spec.loader if spec else None
-    source = loader.get_source(module) if hasattr(loader, "get_source") else None
-    if source is None:
-        return
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            text = inspect.cleandoc(ast.get_docstring(node) or "")
-            yield [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-
-
 def _is_sentence(text: str) -> bool:
     """Tell whether a paragraph is prose of a middling length and not a doctest."""
     return MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS and ">>>" not in text
@@ -154,7 +117,7 @@ def load_pairs() -> tuple[Pair, ...]:
     seen: set[str] = set()
     pairs = []
     for module in MODULES:
-        for parts in _paragraphs(module):
+        for parts in paragraphs(module):
             keys = {part.lower() for part in parts[:2]}
             if len(keys) == 2 and all(map(_is_sentence, parts[:2])) and not keys & seen:
                 seen |= keys
