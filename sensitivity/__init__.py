@@ -25,6 +25,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "gauss_newton": _metric("sensitivity.gauss_newton:GaussNewton"),
     "gauss_newton_trace": _metric("sensitivity.gauss_newton_trace:GaussNewtonTrace"),
     "hessian_trace": _metric("sensitivity.hessian_trace:HessianTrace"),
+    "kl": _metric("sensitivity.kl:Kl"),
     "lrp": _metric("sensitivity.lrp:Lrp"),
     "lrp_importance": _metric("sensitivity.lrp:Lrp", error=False),
     "hessian_top": _metric("sensitivity.hessian_top:HessianTop"),
