@@ -12,6 +12,7 @@ from mpq.core.errors import InfeasibleError, RunFailedError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Problem, Solution, Status
 from mpq.core.tables import Floats
+from mpq.criterion import Criterion
 from solvers import get_solver
 
 
@@ -34,8 +35,10 @@ class Proposal:
         return self.solution.allocation
 
 
-def propose(problem: Problem, solver: str = "auto") -> list[Proposal]:
-    """Return the additive optimum, the best with pairs, and every uniform scheme.
+def propose(
+    problem: Problem, solver: str = "auto", others: Mapping[str, Allocation] | None = None
+) -> list[Proposal]:
+    """Return the additive optimum, the best with pairs, every uniform scheme, and `others`.
 
     A named solver gives its own answer instead of the first two. Raises InfeasibleError where
     no allocation meets the budgets, RunFailedError where a solver found none in its time.
@@ -52,10 +55,11 @@ def propose(problem: Problem, solver: str = "auto") -> list[Proposal]:
             raise RunFailedError("solver", f"solver {name!r} found no allocation in its time")
         solved["additive" if name == "ilp" else name] = solution
     bound = solved["additive"].bound if "additive" in solved else -math.inf
-    for scheme, allocation in problem.uniform().items():
-        solved[f"uniform {scheme}"] = Solution(
+    uniform = {f"uniform {scheme}": a for scheme, a in problem.uniform().items()}
+    for name, allocation in {**uniform, **(others or {})}.items():
+        solved[name] = Solution(
             status=Status.FEASIBLE,
-            solver="uniform",
+            solver=name.split()[0],
             budgets=problem.budgets,
             allocation=allocation,
         )
@@ -96,17 +100,27 @@ def additively(problem: Problem, solution: Solution, bound: float) -> Solution:
     )
 
 
-def best(proposals: Sequence[Proposal], measured: Mapping[str, Evaluation]) -> Proposal:
+def best(
+    proposals: Sequence[Proposal],
+    measured: Mapping[str, Evaluation],
+    criterion: Criterion | None = None,
+) -> Proposal:
     """Return the fitting proposal that measured best on calibration data, the first of equals.
 
     Uniform schemes are among them, so nothing worse than one that fits is ever returned.
-    Raises RunFailedError where no fitting proposal has a finite output.
+    Raises RunFailedError where no fitting proposal has a finite output, InfeasibleError where
+    none meets the limits of the criterion.
     """
-    fitting = [p for p in proposals if p.fits and math.isfinite(measured[p.name].mean)]
+    criterion = criterion or Criterion()
+    values = {p.name: criterion.value(measured[p.name]) for p in proposals if p.fits}
+    fitting = [p for p in proposals if p.fits and math.isfinite(values[p.name])]
     if not fitting:
         raise RunFailedError(
             "not_finite",
             "every allocation that fits makes the model's output NaN or infinite on calibration "
             "data: add wider schemes or raise the budgets",
         )
-    return min(fitting, key=lambda proposal: measured[proposal.name].mean)
+    allowed = [p for p in fitting if criterion.allows(measured[p.name])]
+    if not allowed:
+        raise criterion.unreached([measured[p.name] for p in fitting])
+    return min(allowed, key=lambda proposal: values[proposal.name])

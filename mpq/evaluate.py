@@ -9,17 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Partial
-from mpq.nn.batches import call, position_mask
+from mpq.nn.batches import Batch, call, position_mask
 from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.patch import evaluating
+from mpq.nn.quality import degradations
 from mpq.nn.workload import Workload
+from mpq.quality_tables import qualities_digest
 from mpq.tasks import Bench, Split, Workers
 
 _VERSION = 1  # part of every content key: raise it when results change
-_METRIC = "metric "
+_METRIC, _QUALITY = "metric ", "quality "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +61,9 @@ def run_candidate(bench: Bench, candidate: Candidate) -> Partial:
         torch.no_grad(),
         workload.quantized_as(candidate.allocation) as model,
     ):
-        per_sample = [
-            workload.divergence.between(reference, output, position_mask(batch, output))
+        per_batch = [
+            _compared(workload, batch, reference, call(model, batch))
             for batch, reference in zip(bench.batches(candidate.split), references, strict=True)
-            for output in [call(model, batch)]
         ]
         metrics = (
             workload.evaluate(model)
@@ -69,9 +71,21 @@ def run_candidate(bench: Bench, candidate: Candidate) -> Partial:
             else {}
         )
     return {
-        "per_sample": torch.cat(per_sample).double().numpy(),
+        **{name: torch.cat([of[name] for of in per_batch]).numpy() for name in per_batch[0]},
         "seconds": np.array(time.perf_counter() - started),
         **{f"{_METRIC}{name}": np.array(float(value)) for name, value in metrics.items()},
+    }
+
+
+def _compared(
+    workload: Workload, batch: Batch, reference: torch.Tensor, output: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the divergence and the qualities of each sample of a batch."""
+    mask = position_mask(batch, output)
+    found = degradations(workload.qualities, reference, output, batch)
+    return {
+        "per_sample": workload.divergence.between(reference, output, mask).double(),
+        **{f"{_QUALITY}{name}": values for name, values in found.items()},
     }
 
 
@@ -79,7 +93,8 @@ def _key(workload: Workload, candidate: Candidate) -> str:
     batches = {"calibration": workload.batch_keys, "held_out": workload.held_out_keys}
     evaluate = function_digest(workload.evaluate) if candidate.with_metrics else ""
     of_split = batches[candidate.split]
-    setting = ("evaluation", _VERSION, workload.key, of_split, evaluate)
+    qualities = qualities_digest(workload)
+    setting = ("evaluation", _VERSION, workload.key, of_split, evaluate, qualities)
     return digest(setting, candidate.allocation.text())
 
 
@@ -94,10 +109,26 @@ def _evaluation(candidate: Candidate, divergence: str, found: Partial) -> Evalua
         mean=float(per_sample.mean()),
         stderr=spread / len(per_sample) ** 0.5,
         predicted=candidate.predicted,
-        metrics={
-            name.removeprefix(_METRIC): float(value.astype(np.float64))
-            for name, value in found.items()
-            if name.startswith(_METRIC)
-        },
+        metrics=_metrics(found),
         seconds=float(found["seconds"].astype(np.float64)),
     )
+
+
+def _metrics(found: Partial) -> dict[str, float]:
+    """Return the mean of each quality, and the user's own metrics."""
+    by_prefix = {
+        prefix: {
+            name.removeprefix(prefix): float(value.astype(np.float64).mean())
+            for name, value in found.items()
+            if name.startswith(prefix)
+        }
+        for prefix in (_QUALITY, _METRIC)
+    }
+    twice = by_prefix[_QUALITY].keys() & by_prefix[_METRIC].keys()
+    if twice:
+        raise InvalidInputError(
+            "evaluate",
+            f"evaluate returns {sorted(twice)[0]!r}, which is the name of a quality as well: "
+            f"rename one",
+        )
+    return by_prefix[_QUALITY] | by_prefix[_METRIC]

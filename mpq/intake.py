@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpq.choices import make_cells
-from mpq.core.errors import InvalidInputError, MpqWarning
+from mpq.core.errors import InvalidInputError, MpqWarning, unknown
 from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
+from mpq.core.limits import Limit
 from mpq.models import load_batches, load_function, load_model
 from mpq.nn.batches import Batch, ambiguity, check_batches, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
@@ -22,8 +23,11 @@ from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest, output_digest
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating
+from mpq.nn.quality import QUALITIES, Quality, degradations, get_quality
 from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
 from mpq.nn.workload import Evaluate, Loss, Workload
+
+_ZERO = 1e-5  # what rounding may leave of the difference of equal outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,7 @@ class Given:
     sample: Batch | None = None
     loss: Loss | None = None
     evaluate: Evaluate | None = None
+    quality: Mapping[str, Quality] = field(default_factory=dict)
 
 
 def load(
@@ -46,6 +51,7 @@ def load(
     sample: Any = None,
     loss: Any = None,
     evaluate: Any = None,
+    quality: Mapping[str, Any] | None = None,
 ) -> Given:
     """Load whatever is an entry point and check that batches are batches."""
     held_out = load_batches(held_out, "held_out")
@@ -56,7 +62,20 @@ def load(
         sample=load_batches(sample, "sample"),
         loss=load_function(loss, "loss"),
         evaluate=load_function(evaluate, "evaluate"),
+        quality=_load_qualities(quality or {}),
     )
+
+
+def _load_qualities(sources: Mapping[str, Any]) -> dict[str, Quality]:
+    """Return quality functions: themselves, by name, or what entry points name."""
+    if not isinstance(sources, Mapping):
+        raise InvalidInputError("quality", f"quality is {{name: function}}, got {sources!r}")
+    return {
+        name: load_function(source, f"quality {name!r}")
+        if callable(source) or ":" in str(source)
+        else get_quality(source)
+        for name, source in sources.items()
+    }
 
 
 def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
@@ -90,6 +109,8 @@ def make_workload(
             checked_call(given.model, cut(batch, 0, 1), f"held-out batch {number}")
     if note := ambiguity(given.model, given.calibration[0]):
         warnings.warn(note, MpqWarning, stacklevel=2)
+    qualities = _qualities(spec, given)
+    _check_qualities(given.model, qualities, given.calibration[0])
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
     quantizes_inputs = any(
         not s.activations.is_native for schemes in cells.schemes for s in schemes
@@ -114,9 +135,39 @@ def make_workload(
         quantizer=WeightQuantizer(spec.clip),
         loss=given.loss,
         evaluate=given.evaluate,
+        qualities=qualities,
         seed=spec.seed,
         num_probes=spec.num_probes,
         key=key,
         batch_keys=batches_digest(given.calibration),
         held_out_keys=batches_digest(given.held_out),
     )
+
+
+def _qualities(spec: JobSpec, given: Given) -> dict[str, Quality]:
+    """Return what every candidate is measured by: the job's qualities, and those only limited."""
+    limited = {Limit.parse(text).metric: text for text in spec.limits}
+    for metric in limited.keys() - given.quality.keys() - QUALITIES.keys():
+        if given.evaluate is None:
+            error = unknown("metric", metric, {*given.quality, *QUALITIES})
+            raise InvalidInputError(
+                "limit", f"limit {limited[metric]!r}: {error} (and what evaluate=... returns)"
+            )
+    named = {name: QUALITIES[name] for name in sorted(limited.keys() & QUALITIES.keys())}
+    return {**named, **given.quality}
+
+
+def _check_qualities(model: nn.Module, qualities: Mapping[str, Quality], batch: Batch) -> None:
+    """Raise InvalidInputError for a quality that cannot be measured, before anything is scored."""
+    if not qualities:
+        return
+    two = cut(batch, 0, 2)  # so that a mean over the batch is seen
+    with evaluating(model), torch.no_grad():
+        output = checked_call(model, two, "calibration batch 0")
+    for name, found in degradations(qualities, output, output, two).items():
+        if not torch.allclose(found, torch.zeros_like(found), atol=_ZERO):
+            raise InvalidInputError(
+                "quality",
+                f"quality {name!r} of an output and itself is {float(found.abs().max()):.6g}: it "
+                f"must be 0 for equal outputs and grow as they get worse (1 - similarity)",
+            )

@@ -14,22 +14,25 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from mpq.candidates import Proposal, best, propose
+from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
+from mpq.choosing import Measure, choose
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
+from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.protocols import Executor
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
+from mpq.criterion import Criterion
+from mpq.decoupled import check_groups, decoupled, given_groups
 from mpq.evaluate import Candidate, measure
 from mpq.export.packed import write_packed
 from mpq.intake import Given, graph_of, load, make_workload
+from mpq.limited import needs_metrics
 from mpq.nn.workload import Workload
 from mpq.progress import Bars, Progress, Silent
-from mpq.refine import Relinearise
-from mpq.refine import refine as refined
 from mpq.result import SearchResult
 from mpq.scoring import relinearise, score, search_ranges
 from mpq.store.store import Store, open_store
@@ -57,6 +60,9 @@ def search(
     groups: Literal["auto", "none"] | Sequence[Sequence[str]] = "auto",
     embeddings: bool = False,
     clip: Clip = "minmax",
+    quality: Mapping[str, Any] | None = None,
+    quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
+    limits: Sequence[str] = (),
     hardware: Literal["local"] = "local",
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
@@ -77,7 +83,11 @@ def search(
     "memory <= uniform int4" or Budget records. `schemes` defaults to what this machine's kernels
     run. `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
-    unit length, else kl of logits). `clip` is how weight ranges are cut.
+    unit length, else kl of logits). `clip` is how weight ranges are cut. `quality` is {name:
+    function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
+    qualities, each over the best uniform scheme's, decides instead of the divergence, and
+    `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
+    that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -86,7 +96,7 @@ def search(
         raise InvalidInputError(
             "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
         )
-    for what, given_list in {"budgets": budgets, "skip": skip}.items():
+    for what, given_list in {"budgets": budgets, "skip": skip, "limits": limits}.items():
         if isinstance(given_list, str | Budget):
             raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
     if pin is not None and not isinstance(pin, Mapping):
@@ -111,6 +121,9 @@ def search(
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
+        quality={quality_name: _text(q) for quality_name, q in (quality or {}).items()},
+        quality_groups=given_groups(quality_groups),
+        limits=tuple(limits),
         executor=executor,
         num_workers=num_workers,
         seed=seed,
@@ -118,7 +131,15 @@ def search(
         refine=refine,
         latency_seconds=latency_seconds,
     )
-    given = load(model, calibration, held_out=held_out, sample=sample, loss=loss, evaluate=evaluate)
+    given = load(
+        model,
+        calibration,
+        held_out=held_out,
+        sample=sample,
+        loss=loss,
+        evaluate=evaluate,
+        quality=quality,
+    )
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     return run(spec, given, open_store(storage), listener)
 
@@ -134,6 +155,7 @@ def run_job(
         sample=spec.sample,
         loss=spec.loss,
         evaluate=spec.evaluate,
+        quality=spec.quality,
     )
     return run(spec, given, open_store(storage), progress or Silent())
 
@@ -149,6 +171,7 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         hardware = Hardware(spec, budgets, store, progress)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
+        check_groups(spec, workload.graph)
         run_id = store.create_run(spec, hardware.device)
         stack.callback(keep, store, run_id)
         store.set_state(run_id, RunState.RUNNING)
@@ -211,6 +234,8 @@ def _stages(
     _note_loose(costs, resolved, store, run_id)
     search_ranges(workload, progress)
     workers = Workers.of(workload, executor, store, progress)
+    limits = [Limit.parse(text) for text in spec.limits]
+    with_metrics = needs_metrics(workers, limits, run_id)
     scores = score(workers, spec.metric)
     problem = Problem(
         sensitivity=scores.sensitivity,
@@ -223,12 +248,13 @@ def _stages(
         store.put_responses(run_id, scores.responses)
     measured = partial(_measure, workers, run_id)
     around = partial(relinearise, workers)
-    chosen = _choose(problem, spec, measured, around, store, run_id)
-    _compare(chosen, problem, workload, measured, store, run_id)
+    others = decoupled(workers, problem, spec, run_id).allocations if spec.quality else {}
+    proposals = propose(problem, spec.solver, others)
+    chosen, criterion = choose(
+        problem, proposals, spec, measured, around, store, run_id, with_metrics
+    )
+    _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
-
-
-Measure = Callable[[Sequence[Candidate]], dict[str, Evaluation]]
 
 
 def _refuse_infeasible(
@@ -267,53 +293,9 @@ def _measure(
     return {evaluation.candidate: evaluation for evaluation in found}
 
 
-def _choose(
-    problem: Problem,
-    spec: JobSpec,
-    measured: Measure,
-    around: Relinearise,
-    store: Store,
-    run_id: str,
-) -> Proposal:
-    """Return the proposal that is best on calibration data; it becomes the chosen solution."""
-    proposals = propose(problem, spec.solver)
-    evaluations = measured([_on_calibration(proposal) for proposal in proposals])
-    if spec.solver == "auto" and spec.refine and problem.responses is not None:
-        first = best(proposals, evaluations)
-        for proposal, evaluation in refined(
-            problem,
-            first,
-            evaluations[first.name],
-            around,
-            lambda p: measured([_on_calibration(p)])[p.name],
-            spec.refine,
-        ):
-            proposals.append(proposal)
-            evaluations[proposal.name] = evaluation
-    for proposal in proposals:
-        if proposal.fits:
-            store.put_solution(run_id, proposal.name, proposal.solution)
-    chosen = best(proposals, evaluations)
-    store.put_solution(run_id, CHOSEN, chosen.solution)
-    store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
-    fitting = [proposal.name for proposal in proposals if proposal.fits]
-    store.log(
-        run_id, "chosen", f"{chosen.name} measured best on calibration of {', '.join(fitting)}"
-    )
-    return chosen
-
-
-def _on_calibration(proposal: Proposal) -> Candidate:
-    return Candidate(
-        name=proposal.name,
-        split="calibration",
-        allocation=proposal.allocation,
-        predicted=proposal.predicted,
-    )
-
-
 def _compare(
     chosen: Proposal,
+    criterion: Criterion,
     problem: Problem,
     workload: Workload,
     measured: Measure,
@@ -339,14 +321,14 @@ def _compare(
         ),
         Candidate(name="unquantized", split=split, allocation=Allocation({}), with_metrics=True),
     ]
-    evaluated = {e.candidate: e.mean for e in store.evaluations(run_id) if e.split == "calibration"}
+    evaluated = {e.candidate: e for e in store.evaluations(run_id) if e.split == "calibration"}
     fitting = {
         f"uniform {scheme}": allocation
         for scheme, allocation in problem.uniform().items()
         if problem.fits(allocation)
     }
     if fitting:
-        name = min(fitting, key=lambda uniform: evaluated[uniform])
+        name = min(fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
         candidates.append(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )

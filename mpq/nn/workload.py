@@ -17,6 +17,7 @@ from mpq.core.tables import Cells
 from mpq.nn.batches import Batch, checked_call
 from mpq.nn.divergence import OutputDivergence
 from mpq.nn.patch import quantized
+from mpq.nn.quality import Quality
 from mpq.nn.quantizers import WeightQuantizer
 
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -40,6 +41,7 @@ class Workload:
     quantizer: WeightQuantizer = field(default_factory=WeightQuantizer)
     loss: Loss | None = None
     evaluate: Evaluate | None = None
+    qualities: Mapping[str, Quality] = field(default_factory=dict)
     seed: int = 0
     num_probes: int = 2
     key: str = ""

@@ -1,0 +1,84 @@
+"""Choose: measure every proposal on calibration data, refine the best, keep the best allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from mpq.candidates import Proposal, best
+from mpq.core.evaluation import CHOSEN, Evaluation
+from mpq.core.jobs import JobSpec
+from mpq.core.limits import Limit
+from mpq.core.problem import Problem
+from mpq.criterion import Criterion
+from mpq.evaluate import Candidate
+from mpq.refine import Relinearise, refine
+from mpq.store.store import Store
+
+Measure = Callable[[Sequence[Candidate]], dict[str, Evaluation]]
+
+
+def choose(
+    problem: Problem,
+    proposals: list[Proposal],
+    spec: JobSpec,
+    measured: Measure,
+    around: Relinearise,
+    store: Store,
+    run_id: str,
+    with_metrics: bool = False,
+) -> tuple[Proposal, Criterion]:
+    """Return the proposal that is best on calibration data, and by what; it becomes the chosen.
+
+    Everything measured is kept with the run before the choice, so that a limit that nobody meets
+    loses nothing.
+    """
+    as_candidate = partial(_on_calibration, with_metrics=with_metrics)
+    evaluations = measured([as_candidate(proposal) for proposal in proposals])
+    criterion = _criterion(spec, proposals, evaluations)
+    if spec.solver == "auto" and spec.refine and problem.responses is not None:
+        first = best(proposals, evaluations, replace(criterion, limits=()))
+        for proposal, evaluation in refine(
+            problem,
+            first,
+            evaluations[first.name],
+            around,
+            lambda p: measured([as_candidate(p)])[p.name],
+            spec.refine,
+        ):
+            proposals.append(proposal)
+            evaluations[proposal.name] = evaluation
+    for proposal in proposals:
+        if proposal.fits:
+            store.put_solution(run_id, proposal.name, proposal.solution)
+    chosen = best(proposals, evaluations, criterion)
+    store.put_solution(run_id, CHOSEN, chosen.solution)
+    store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
+    fitting = [proposal.name for proposal in proposals if proposal.fits]
+    store.log(
+        run_id, "chosen", f"{chosen.name} measured best on calibration of {', '.join(fitting)}"
+    )
+    for limit in criterion.limits:
+        value = evaluations[chosen.name].metrics[limit.metric]
+        store.log(run_id, "limit", f"{limit}: {chosen.name} has {value:.6g}")
+    return chosen, criterion
+
+
+def _criterion(
+    spec: JobSpec, proposals: Sequence[Proposal], evaluations: Mapping[str, Evaluation]
+) -> Criterion:
+    limits = [Limit.parse(text) for text in spec.limits]
+    fitting = [evaluations[p.name] for p in proposals if p.fits]
+    uniform = [e for e in fitting if e.candidate.startswith("uniform ")]
+    return Criterion.of(spec.quality, limits, uniform, fitting)
+
+
+def _on_calibration(proposal: Proposal, with_metrics: bool) -> Candidate:
+    return Candidate(
+        name=proposal.name,
+        split="calibration",
+        allocation=proposal.allocation,
+        predicted=proposal.predicted,
+        with_metrics=with_metrics,
+    )

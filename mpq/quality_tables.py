@@ -1,0 +1,67 @@
+"""What each cell alone does to every quality: one forward pass a cell, all qualities at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mpq.core.protocols import Partial
+from mpq.core.tables import SensitivityTable
+from mpq.nn.batches import call
+from mpq.nn.fingerprint import digest, function_digest
+from mpq.nn.patch import evaluating, quantized
+from mpq.nn.quality import degradations
+from mpq.nn.workload import Workload
+from mpq.tasks import Bench, Workers
+from sensitivity.tasks import mean_over_samples
+
+_VERSION = 1  # part of every content key: raise it when results change
+
+
+def qualities_digest(workload: Workload) -> str:
+    """Return the key of the workload's quality functions."""
+    return digest({name: function_digest(f) for name, f in workload.qualities.items()})
+
+
+def quality_tables(workers: Workers) -> dict[str, SensitivityTable]:
+    """Return the table of each quality: its mean degradation with one unit quantized alone.
+
+    The standard error is over calibration samples. A cell that makes an output infinite or NaN
+    scores worse than all units at their worst together, so that it is taken only where forced.
+    """
+    workload = workers.workload
+    cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
+    setting = ("quality", _VERSION, workload.key, cells, qualities_digest(workload))
+    work = [(digest(setting, key), number) for number, key in enumerate(workload.batch_keys)]
+    partials = workers.finished("scoring (qualities)", run_qualities, work)
+    tables = {}
+    for name in workload.qualities:
+        scores = np.concatenate([p[name] for p in partials], axis=1).astype(np.float64)
+        finite = np.isfinite(scores)
+        worst = np.abs(scores[finite]).max(initial=0.0)
+        scores[~finite] = (1.0 + worst) * len(workload.cells.units) * scores.shape[1]
+        tables[name] = mean_over_samples(f"quality {name}", workload.cells, [{"scores": scores}])
+    return tables
+
+
+def run_qualities(bench: Bench, number: int) -> Partial:
+    """Return every quality of every cell on calibration batch `number`: (cells, samples) each."""
+    workload = bench.workload
+    batch = workload.calibration[number]
+    reference = bench.references("calibration")[number]
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in workload.qualities}
+    with evaluating(workload.model), torch.no_grad():
+        for unit, schemes in zip(workload.graph.units, workload.cells.schemes, strict=True):
+            for scheme in schemes:
+                with quantized(
+                    workload.model,
+                    dict.fromkeys(unit.layers, scheme),
+                    quantizer=workload.quantizer,
+                    limits=workload.graph.input_ranges,
+                ):
+                    output = call(workload.model, batch)
+                for name, values in degradations(
+                    workload.qualities, reference, output, batch
+                ).items():
+                    found[name].append(values)
+    return {name: torch.stack(rows).numpy() for name, rows in found.items()}
