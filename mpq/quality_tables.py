@@ -1,21 +1,24 @@
-"""What each cell alone does to every quality: one forward pass a cell, all qualities at once."""
+"""What each cell alone does to every quality: at most one pass a cell, all qualities at once."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
 
 from mpq.core.protocols import Partial
 from mpq.core.tables import SensitivityTable
-from mpq.nn.batches import call
+from mpq.nn.batches import Batch
 from mpq.nn.fingerprint import digest, function_digest
-from mpq.nn.patch import evaluating, quantized
-from mpq.nn.quality import degradations
+from mpq.nn.quality import Quality, degradations
 from mpq.nn.workload import Workload
 from mpq.tasks import Bench, Workers
+from sensitivity.alone import alone
 from sensitivity.tasks import mean_over_samples
 
 _VERSION = 1  # part of every content key: raise it when results change
+_BROKEN = 1e300  # stands for infinity, which a score cannot be
 
 
 def qualities_digest(workload: Workload) -> str:
@@ -37,9 +40,9 @@ def quality_tables(workers: Workers) -> dict[str, SensitivityTable]:
     tables = {}
     for name in workload.qualities:
         scores = np.concatenate([p[name] for p in partials], axis=1).astype(np.float64)
-        finite = np.isfinite(scores)
-        worst = np.abs(scores[finite]).max(initial=0.0)
-        scores[~finite] = (1.0 + worst) * len(workload.cells.units) * scores.shape[1]
+        whole = scores < _BROKEN
+        worst = np.abs(scores[whole]).max(initial=0.0)
+        scores[~whole] = (1.0 + worst) * len(workload.cells.units) * scores.shape[1]
         tables[name] = mean_over_samples(f"quality {name}", workload.cells, [{"scores": scores}])
     return tables
 
@@ -47,21 +50,14 @@ def quality_tables(workers: Workers) -> dict[str, SensitivityTable]:
 def run_qualities(bench: Bench, number: int) -> Partial:
     """Return every quality of every cell on calibration batch `number`: (cells, samples) each."""
     workload = bench.workload
-    batch = workload.calibration[number]
-    reference = bench.references("calibration")[number]
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in workload.qualities}
-    with evaluating(workload.model), torch.no_grad():
-        for unit, schemes in zip(workload.graph.units, workload.cells.schemes, strict=True):
-            for scheme in schemes:
-                with quantized(
-                    workload.model,
-                    dict.fromkeys(unit.layers, scheme),
-                    quantizer=workload.quantizer,
-                    limits=workload.graph.input_ranges,
-                ):
-                    output = call(workload.model, batch)
-                for name, values in degradations(
-                    workload.qualities, reference, output, batch
-                ).items():
-                    found[name].append(values)
-    return {name: torch.stack(rows).numpy() for name, rows in found.items()}
+    functions = {
+        name: partial(_degradation, name, function) for name, function in workload.qualities.items()
+    }
+    return alone(workload, number, functions)
+
+
+def _degradation(
+    name: str, function: Quality, reference: torch.Tensor, changed: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    found = degradations({name: function}, reference, changed, batch)[name]
+    return found.clamp(max=_BROKEN)
