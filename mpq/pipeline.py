@@ -11,19 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
+from mpq.adaptive import EnoughScores
+from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
-from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
+from mpq.core.errors import InvalidInputError, MpqError, MpqWarning, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
-from mpq.core.protocols import Executor
-from mpq.core.tables import CostTable, SensitivityTable
+from mpq.core.protocols import Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled, given_groups
@@ -32,13 +32,14 @@ from mpq.export.packed import write_packed
 from mpq.intake import Given, graph_of, load, make_workload
 from mpq.limited import needs_metrics
 from mpq.nn.workload import Workload
+from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
 from mpq.result import SearchResult
-from mpq.scoring import relinearise, score, search_ranges
+from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
 from sensitivity import get_metric
-from solvers import get_solver, solve
+from solvers import get_solver
 from workers import get_executor
 
 
@@ -69,6 +70,8 @@ def search(
     num_probes: int = 2,
     refine: int = 4,
     latency_seconds: float = 60.0,
+    metric_seconds: float = 120.0,
+    precision: float | Literal["settled"] | None = None,
     seed: int = 0,
     storage: str | Store | None = None,
     name: str = "",
@@ -87,7 +90,9 @@ def search(
     function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
     qualities, each over the best uniform scheme's, decides instead of the divergence, and
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
-    that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data.
+    that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data. The
+    metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring
+    ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive).
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -130,6 +135,8 @@ def search(
         num_probes=num_probes,
         refine=refine,
         latency_seconds=latency_seconds,
+        metric_seconds=metric_seconds,
+        precision=precision,
     )
     given = load(
         model,
@@ -160,12 +167,22 @@ def run_job(
     return run(spec, given, open_store(storage), progress or Silent())
 
 
-def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> SearchResult:
-    """Do every stage of a checked job; a failure is kept with the run and raised."""
+def run(
+    spec: JobSpec,
+    given: Given,
+    store: Store,
+    progress: Progress,
+    stages: Callable[[JobSpec, Prepared], None] | None = None,
+) -> SearchResult:
+    """Do every stage of a checked job; a failure is kept with the run and raised.
+
+    `stages` are what follows the preparation, by default those of a search.
+    """
     with _warnings_kept() as keep, ExitStack() as stack:
         executor = get_executor(spec.executor, spec.num_workers)
         stack.callback(executor.close)
-        get_metric(spec.metric)
+        if spec.metric != AUTO:
+            get_metric(spec.metric)
         if spec.solver != "auto":
             get_solver(spec.solver)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
@@ -176,7 +193,8 @@ def run(spec: JobSpec, given: Given, store: Store, progress: Progress) -> Search
         stack.callback(keep, store, run_id)
         store.set_state(run_id, RunState.RUNNING)
         try:
-            _stages(spec, budgets, hardware, workload, executor, store, run_id, progress)
+            prepared = prepare(budgets, hardware, workload, executor, store, run_id, progress)
+            (stages or _stages)(spec, prepared)
             store.set_state(run_id, RunState.SUCCEEDED)
         except MpqError as error:
             store.set_state(run_id, RunState.FAILED, error)
@@ -211,36 +229,16 @@ def _warnings_kept() -> Iterator[Callable[[Store, str], None]]:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
-def _stages(
-    spec: JobSpec,
-    budgets: Sequence[BudgetText],
-    hardware: Hardware,
-    workload: Workload,
-    executor: Executor,
-    store: Store,
-    run_id: str,
-    progress: Progress,
-) -> None:
-    store.put_graph(run_id, workload.graph)
-    if workload.model.training:
-        store.log(run_id, "mode", "the model came in training mode; it was scored in eval mode")
-    for reason in hardware.left_out:
-        store.log(run_id, "left out", reason)
-    costs = hardware.tables(workload.graph, workload.cells)
-    for table in costs.values():
-        store.put_cost(run_id, table)
-    resolved = [budget.resolve(costs) for budget in budgets]
-    _refuse_infeasible(workload, costs, resolved)
-    _note_loose(costs, resolved, store, run_id)
-    search_ranges(workload, progress)
-    workers = Workers.of(workload, executor, store, progress)
+def _stages(spec: JobSpec, prepared: Prepared) -> None:
+    workers, run_id = prepared.workers, prepared.run_id
+    store, workload = workers.store, workers.workload
     limits = [Limit.parse(text) for text in spec.limits]
     with_metrics = needs_metrics(workers, limits, run_id)
-    scores = score(workers, spec.metric)
+    scores, others = _score(spec, prepared)
     problem = Problem(
         sensitivity=scores.sensitivity,
-        costs=costs,
-        budgets=tuple(resolved),
+        costs=prepared.costs,
+        budgets=prepared.budgets,
         responses=scores.responses,
     )
     store.put_sensitivity(run_id, scores.sensitivity)
@@ -248,7 +246,8 @@ def _stages(
         store.put_responses(run_id, scores.responses)
     measured = partial(_measure, workers, run_id)
     around = partial(relinearise, workers)
-    others = decoupled(workers, problem, spec, run_id).allocations if spec.quality else {}
+    if spec.quality:
+        others |= decoupled(workers, problem, spec, run_id).allocations
     proposals = propose(problem, spec.solver, others)
     chosen, criterion = choose(
         problem, proposals, spec, measured, around, store, run_id, with_metrics
@@ -257,30 +256,23 @@ def _stages(
     _weigh(chosen, workload, store, run_id)
 
 
-def _refuse_infeasible(
-    workload: Workload, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
-) -> None:
-    """Raise InfeasibleError before anything is scored where no choice meets the budgets."""
-    nothing = np.zeros(len(workload.cells))
-    table = SensitivityTable(
-        metric="none",
-        cells=workload.cells,
-        values=nothing,
-        stderr=nothing,
-    )
-    solution = solve(Problem(sensitivity=table, costs=costs, budgets=tuple(budgets)), "ilp")
-    if solution.infeasibility is not None:
-        raise InfeasibleError("infeasible", solution.infeasibility.message)
-
-
-def _note_loose(
-    costs: Mapping[str, CostTable], budgets: Sequence[Budget], store: Store, run_id: str
-) -> None:
-    for budget in budgets:
-        baseline = costs[budget.cost].baseline
-        if budget.limit >= baseline:
-            note = f"{budget.text}: not binding, the unquantized network has {baseline:.6g}"
-            store.log(run_id, "budget", note)
+def _score(spec: JobSpec, prepared: Prepared) -> tuple[Scores, dict[str, Allocation]]:
+    """Return the scores, and allocations that are worth measuring beside their own."""
+    workers, log = prepared.workers, partial(prepared.workers.store.log, prepared.run_id)
+    enough = None
+    if spec.precision is not None:
+        enough = EnoughScores(
+            costs=prepared.costs,
+            budgets=prepared.budgets,
+            precision=spec.precision,
+            seed=spec.seed,
+        )
+    if spec.metric != AUTO:
+        return score(workers, spec.metric, enough, partial(log, "precision")), {}
+    picked = pick_metric(workers, prepared.costs, prepared.budgets, spec.metric_seconds, enough)
+    for line in picked.lines:
+        log("metric", line)
+    return picked.scores, dict(picked.allocations)
 
 
 def _measure(

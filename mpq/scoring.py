@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from mpq.adaptive import Enough
 from mpq.core.errors import MpqWarning
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Responses
+from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import digest
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
@@ -39,12 +42,34 @@ def search_ranges(workload: Workload, progress: Progress) -> None:
             advance()
 
 
-def score(workers: Workers, metric_name: str) -> Scores:
-    """Return the scores of every cell by a metric."""
+def score(
+    workers: Workers,
+    metric_name: str,
+    enough: Enough | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Scores:
+    """Return the scores of every cell by a metric.
+
+    With `enough` scoring ends after the first round of tasks (`Task.round`) that satisfies it:
+    the scores are those of the calibration data seen so far, `tell` hears how much that was, and
+    a later scoring in full goes on from there.
+    """
     metric = get_metric(metric_name)
-    work = [(task.key, (metric_name, task)) for task in metric.tasks(workers.workload)]
-    partials = workers.finished(f"scoring ({metric_name})", run_task, work)
-    scores = metric.combine(workers.workload.cells, partials)
+    tasks = metric.tasks(workers.workload)
+    samples = sum(num_samples(batch) for batch in workers.workload.calibration)
+    last = max((task.round for task in tasks), default=0)
+    for number in sorted({task.round for task in tasks}) if enough else [last]:
+        some = [task for task in tasks if task.round <= number]
+        label = f"scoring ({metric_name})" + (f" to round {number}" if number < last else "")
+        partials = workers.finished(
+            label, run_task, [(task.key, (metric_name, task)) for task in some]
+        )
+        scores = metric.combine(workers.workload.cells, partials)
+        if number < last and enough and enough(scores, samples * len(some) / len(tasks)):
+            (tell or workers.progress.note)(
+                f"{metric_name}: {len(some)} of {len(tasks)} tasks were precise enough"
+            )
+            break
     _warn_about(scores)
     return scores
 

@@ -70,20 +70,19 @@ class JobSpec:
         if self.num_workers is not None:
             self._at_least("num_workers", 1)
         for name in ("latency_seconds", "metric_seconds"):
-            seconds = getattr(self, name)
+            seconds: float = getattr(self, name)
             if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise InvalidInputError(
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
-        if self.precision not in (None, "settled") and not (
-            isinstance(self.precision, Real)
-            and not isinstance(self.precision, bool)
-            and 0 < self.precision < 1
-        ):
+        wanted = self.precision
+        if wanted is None or wanted == "settled":
+            return
+        if not isinstance(wanted, float) or not 0 < wanted < 1:
             raise InvalidInputError(
                 "job_value",
                 "precision: 'settled' or a relative standard error between 0 and 1 such as 0.05, "
-                f"got {self.precision!r}",
+                f"got {wanted!r}",
             )
 
     def _at_least(self, name: str, least: int) -> None:

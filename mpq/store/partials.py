@@ -27,6 +27,17 @@ def get(session: Session, keys: Iterable[str]) -> dict[str, Partial]:
     return {key: npz_arrays(key, found[key]) for key in wanted if key in found}
 
 
+def seconds(session: Session, keys: Iterable[str]) -> dict[str, float]:
+    """Return how long each result that is there took, in the order of the keys."""
+    wanted = list(dict.fromkeys(keys))
+    found: dict[str, float] = {}
+    for start in range(0, len(wanted), _KEYS_AT_ONCE):
+        some = wanted[start : start + _KEYS_AT_ONCE]
+        query = select(PartialRow.key, PartialRow.seconds).where(PartialRow.key.in_(some))
+        found.update((key, taken) for key, taken in session.execute(query))
+    return {key: found[key] for key in wanted if key in found}
+
+
 def put(session: Session, key: str, partial: Partial, seconds: float) -> None:
     """Keep a result; where its key is there already, the first one stays."""
     row = insert_into(session, PartialRow).values(

@@ -195,6 +195,11 @@ class Store:
         with self._read() as session:
             return partials.get(session, keys)
 
+    def partial_seconds(self, keys: Iterable[str]) -> dict[str, float]:
+        """Return how long each task took whose result is there, in the order of the keys."""
+        with self._read() as session:
+            return partials.seconds(session, keys)
+
     def put_partial(self, key: str, partial: Partial, seconds: float) -> None:
         """Keep the result of a task; where its key is there already, nothing happens."""
         with self._write() as session:

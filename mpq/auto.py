@@ -1,0 +1,146 @@
+"""The metric "auto": several metrics propose, the measurement picks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mpq.adaptive import Enough
+from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, RunFailedError
+from mpq.core.evaluation import Evaluation
+from mpq.core.problem import Allocation, Budget, Problem
+from mpq.core.protocols import Scores
+from mpq.core.tables import CostTable, SensitivityTable
+from mpq.evaluate import Candidate, measure
+from mpq.scoring import run_task, score
+from mpq.tasks import Workers
+from sensitivity import METRICS, get_metric
+from solvers import solve
+
+AUTO = "auto"
+ALWAYS = "gauss_newton"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What several metrics found, and why others found nothing."""
+
+    scores: Mapping[str, Scores]
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickedMetric:
+    """The scores of the metric whose choice measured best, the choices of all, and the story."""
+
+    scores: Scores
+    allocations: Mapping[str, Allocation]
+    lines: tuple[str, ...]
+
+
+def known_metrics() -> list[str]:
+    """Return all metrics, the one that is always scored first."""
+    return [ALWAYS, *(name for name in METRICS if name != ALWAYS)]
+
+
+def pick_metric(
+    workers: Workers,
+    costs: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    seconds: float,
+    enough: Enough | None = None,
+) -> PickedMetric:
+    """Score by `gauss_newton` and what else fits into `seconds`, and measure each one's optimum.
+
+    The scores are the table of the metric whose additive optimum has the least divergence on
+    the calibration data, with the responses of `gauss_newton`. Which metrics take part depends
+    on how fast they are here. Cost beside the scoring: a forward pass over the data for each.
+    """
+    scored = score_all(workers, known_metrics(), seconds, enough)
+    chosen = {
+        name: optimum(scores.sensitivity, costs, budgets) for name, scores in scored.scores.items()
+    }
+    candidates = [
+        Candidate(name=name, split="calibration", allocation=allocation)
+        for name, allocation in chosen.items()
+    ]
+    measured = {e.candidate: e for e in measure(workers, candidates)}
+    picked = min(measured, key=lambda name: measured_value(measured[name]))
+    responses = next((s.responses for s in scored.scores.values() if s.responses), None)
+    return PickedMetric(
+        scores=replace(scored.scores[picked], responses=responses),
+        allocations={f"optimum of {name}": allocation for name, allocation in chosen.items()},
+        lines=(
+            f"picked {picked}: of all metrics' optima its one measured best",
+            *(f"{name}: its optimum measured {e.mean:.6g}" for name, e in measured.items()),
+            *(f"{name} left out: {reason}" for name, reason in scored.refused.items()),
+        ),
+    )
+
+
+def score_all(
+    workers: Workers, names: Sequence[str], seconds: float, enough: Enough | None = None
+) -> Scored:
+    """Score by the first metric, and by those of the others that fit into `seconds`.
+
+    One task of each is timed; they are scored from the cheapest to the dearest as long as the
+    time of its task times the number of its tasks is left (as if there were one worker). Tasks
+    that were done before cost nothing. Raises what the first metric raises where no metric can
+    score these cells.
+    """
+    deadline = time.monotonic() + seconds
+    refused: dict[str, MpqError | str] = {}
+    expected: dict[str, float] = {}
+    scores: dict[str, Scores] = {}
+    for name in names:
+        if expected and time.monotonic() > deadline:
+            refused[name] = f"not tried: the {seconds:g} s were over"
+            continue
+        try:
+            expected[name] = _seconds_left(workers, name)
+        except (InvalidInputError, RunFailedError) as error:
+            refused[name] = error
+    for name in sorted(expected, key=lambda name: (name != names[0], expected[name])):
+        left = max(0.0, deadline - time.monotonic())
+        if scores and expected[name] > left:
+            needs = f"would take about {expected[name]:.0f} s more"
+            refused[name] = f"{needs}, {left:.0f} s of {seconds:g} s are left"
+            continue
+        try:
+            scores[name] = score(workers, name, enough)
+        except (InvalidInputError, RunFailedError) as error:
+            refused[name] = error
+    if not scores:
+        raise next(reason for reason in refused.values() if isinstance(reason, MpqError))
+    return Scored(scores=scores, refused={name: str(why) for name, why in refused.items()})
+
+
+def _seconds_left(workers: Workers, name: str) -> float:
+    """Do one task of a metric, unless all are done, and return what the others will take."""
+    tasks = {task.key: task for task in get_metric(name).tasks(workers.workload)}
+    done = workers.store.partial_seconds(tasks)
+    missing = [key for key in tasks if key not in done]
+    if not missing:
+        return 0.0
+    workers.finished(f"trying ({name})", run_task, [(missing[0], (name, tasks[missing[0]]))])
+    return workers.store.partial_seconds(missing[:1])[missing[0]] * (len(missing) - 1)
+
+
+def optimum(
+    table: SensitivityTable, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
+) -> Allocation:
+    """Return the allocation of least additive score; raises InfeasibleError where none fits."""
+    problem = Problem(sensitivity=table, costs=costs, budgets=tuple(budgets))
+    solution = solve(problem, "ilp")
+    if solution.infeasibility is not None:
+        raise InfeasibleError("infeasible", solution.infeasibility.message)
+    if solution.allocation is None:
+        raise RunFailedError("solver", "solver 'ilp' found no allocation in its time")
+    return solution.allocation
+
+
+def measured_value(evaluation: Evaluation) -> float:
+    """Return the measured divergence, infinite where an output is not a number."""
+    return math.inf if math.isnan(evaluation.mean) else evaluation.mean

@@ -1,0 +1,64 @@
+"""From a workload to a run whose costs are known and whose budgets can be met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq.auto import optimum
+from mpq.core.problem import Budget, BudgetText
+from mpq.core.protocols import Executor
+from mpq.core.tables import CostTable, SensitivityTable
+from mpq.costing import Hardware
+from mpq.nn.workload import Workload
+from mpq.progress import Progress
+from mpq.scoring import search_ranges
+from mpq.store.store import Store
+from mpq.tasks import Workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run before anything is scored."""
+
+    workers: Workers
+    costs: Mapping[str, CostTable]
+    budgets: tuple[Budget, ...]
+    run_id: str
+
+
+def prepare(
+    budgets: Sequence[BudgetText],
+    hardware: Hardware,
+    workload: Workload,
+    executor: Executor,
+    store: Store,
+    run_id: str,
+    progress: Progress,
+) -> Prepared:
+    """Keep the network and what choices cost, search the clipping ranges, and get workers ready.
+
+    Raises InfeasibleError where no choice meets the budgets.
+    """
+    store.put_graph(run_id, workload.graph)
+    if workload.model.training:
+        store.log(run_id, "mode", "the model came in training mode; it was scored in eval mode")
+    for reason in hardware.left_out:
+        store.log(run_id, "left out", reason)
+    costs = hardware.tables(workload.graph, workload.cells)
+    for table in costs.values():
+        store.put_cost(run_id, table)
+    resolved = tuple(budget.resolve(costs) for budget in budgets)
+    zeros = np.zeros(len(workload.cells))
+    nothing = SensitivityTable(metric="none", cells=workload.cells, values=zeros, stderr=zeros)
+    optimum(nothing, costs, resolved)
+    for budget in resolved:
+        baseline = costs[budget.cost].baseline
+        if budget.limit >= baseline:
+            note = f"{budget.text}: not binding, the unquantized network has {baseline:.6g}"
+            store.log(run_id, "budget", note)
+    search_ranges(workload, progress)
+    workers = Workers.of(workload, executor, store, progress)
+    return Prepared(workers=workers, costs=costs, budgets=resolved, run_id=run_id)
