@@ -55,7 +55,7 @@ def slow_own_scores(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slow_interactions(vectors: np.ndarray, shrunk: bool = True) -> np.ndarray:
-    """Return G[i, j] = 1/2 mean u_i u_j, off-diagonals times max(0, 1 - stderr^2 / G^2)."""
+    """Return G[i, j] = 1/2 mean u_i u_j, off-diagonals times 3/4 max(0, 1 - stderr^2 / G^2)."""
     cells, samples, probes = vectors.shape
     found = np.zeros((cells, cells))
     for i in range(cells):
@@ -72,7 +72,7 @@ def slow_interactions(vectors: np.ndarray, shrunk: bool = True) -> np.ndarray:
                 keep = 0.0
                 if samples > 1 and mean:
                     variance = sum((x - mean) ** 2 for x in of_sample) / (samples - 1)
-                    keep = max(0.0, 1 - variance / samples / mean**2)
+                    keep = 0.75 * max(0.0, 1 - variance / samples / mean**2)
             found[i, j] = mean * keep
     return found
 
@@ -289,8 +289,8 @@ def exact_hessian(
     function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor
 ) -> torch.Tensor:
     """Return the whole Hessian of a function of one tensor as a square matrix."""
-    matrix = torch.func.hessian(function)(at.detach())
-    return matrix.reshape(at.numel(), at.numel()).detach()
+    matrix = torch.autograd.functional.hessian(function, at.detach())
+    return matrix.reshape(at.numel(), at.numel())
 
 
 def slow_root(kind: str, output: torch.Tensor) -> torch.Tensor:

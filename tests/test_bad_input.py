@@ -444,8 +444,9 @@ def test_an_output_without_a_sample_axis_is_refused(store: Store) -> None:
     refused(store, "first axis of the output", "[3]", model=model)
 
 
-def test_the_hessian_metric_refuses_activations(store: Store) -> None:
-    refused(store, "weights only", "int8:int8", metric="hessian_trace", schemes=["int8:int8"])
+@pytest.mark.parametrize("metric", ["fisher", "hessian_quadratic", "hessian_top"])
+def test_metrics_of_weights_refuse_activations(store: Store, metric: str) -> None:
+    refused(store, "weights only", "int8:int8", metric=metric, schemes=["int8:int8"])
 
 
 def test_names_are_checked_before_any_work(store: Store) -> None:

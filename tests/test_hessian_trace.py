@@ -14,9 +14,12 @@ from torch.func import functional_call
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_scheme
-from mpq.nn.quantizers import WeightQuantizer
+from mpq.core.tables import SensitivityTable
+from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
 from mpq.nn.workload import Workload
 from sensitivity.hessian_trace import HessianTrace
+from tests.builders import Recurrent
+from tests.oracles import exact_hessian
 from tests.test_gauss_newton import make_workload
 
 SCHEMES = (parse_scheme("int2"), parse_scheme("int4"))
@@ -102,7 +105,8 @@ def test_agrees_with_pyhessian_on_the_same_batch() -> None:
     batch = (torch.randn(6, 4), torch.randint(0, 3, (6,)))
     workload = replace(make_workload(model, [batch], probes=100, schemes=SCHEMES), loss=loss)
     metric = HessianTrace()
-    partials = [metric.run(workload, task) for task in metric.tasks(workload)]
+    tasks = [task for task in metric.tasks(workload) if task.round == 2]
+    partials = [metric.run(workload, task) for task in tasks]
     ours = sum(float(p["traces"].mean()) for p in partials)
     error = math.sqrt(sum(float(p["traces"].std(ddof=1)) ** 2 / p["traces"].size for p in partials))
     with warnings.catch_warnings():
@@ -112,6 +116,137 @@ def test_agrees_with_pyhessian_on_the_same_batch() -> None:
         )
     theirs, their_error = np.mean(draws), np.std(draws, ddof=1) / math.sqrt(len(draws))
     assert abs(ours - theirs) <= 4 * math.hypot(error, their_error)
+
+
+def deep_workload(probes: int, texts: tuple[str, ...], samples: int = 5) -> Workload:
+    """Return a network in which each layer's input has curvature, with a loss per sample."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
+    batches = [
+        (torch.randn(n, 3).double(), torch.randint(0, 3, (n,))) for n in (samples, samples - 2)
+    ]
+    chosen = tuple(map(parse_scheme, texts))
+    return replace(make_workload(model, batches, probes=probes, schemes=chosen), loss=loss)
+
+
+def exact_input_terms(workload: Workload) -> list[float]:
+    """Return mean_x Tr(H_a(x)) / n_a |Q(a) - a|^2 of each cell, one sample at a time."""
+    found = []
+    modules = dict(workload.model.named_modules())
+    for unit, scheme in workload.cells:
+        terms = []
+        for inputs, labels in workload.calibration:
+            for n in range(len(inputs)):
+                seen: list[torch.Tensor] = []
+                handle = modules[unit].register_forward_pre_hook(lambda _, a: seen.append(a[0]))  # noqa: B023
+                workload.model(inputs[n : n + 1])
+                handle.remove()
+                seen[0] = seen[0].detach()
+
+                def of(a: torch.Tensor) -> torch.Tensor:
+                    handle = modules[unit].register_forward_pre_hook(lambda _, __: (a,))  # noqa: B023
+                    output = workload.model(inputs[n : n + 1])  # noqa: B023
+                    handle.remove()
+                    return nn.functional.cross_entropy(output, labels[n : n + 1])  # noqa: B023
+
+                changed = fake_quantize_activation(seen[0], scheme.activations)
+                trace = exact_hessian(of, seen[0]).trace() / seen[0].numel()
+                terms.append(float(trace * (changed - seen[0]).square().sum()))
+        found.append(sum(terms) / len(terms))
+    return found
+
+
+def scores(workload: Workload, rounds: int = 3) -> SensitivityTable:
+    metric = HessianTrace()
+    tasks = [task for task in metric.tasks(workload) if task.round < rounds]
+    partials = [metric.run(workload, task) for task in tasks]
+    return metric.combine(workload.cells, partials).sensitivity
+
+
+@pytest.mark.filterwarnings("ignore::mpq.core.errors.MpqWarning")  # an untrained network
+def test_activations_have_the_traces_of_each_sample_alone() -> None:
+    workload = deep_workload(probes=50, texts=("fp32:int3", "fp32:int5", "fp32"))
+    only_weights = replace(workload, cells=deep_workload(50, ("fp32",)).cells)
+    table, weights = scores(workload), scores(only_weights)
+    exact = exact_input_terms(workload)
+    assert any(term for term in exact)
+    for number, (unit, _) in enumerate(workload.cells):
+        alone = weights.cells.unit_number(unit)
+        off = table.values[number] - weights.values[alone] - exact[number]
+        error = math.hypot(table.stderr[number], weights.stderr[alone])
+        assert abs(off) <= 4 * error
+        assert error < 0.3 * abs(exact[number]) or not exact[number]
+
+
+def test_activations_of_a_layer_that_is_called_twice_count_twice() -> None:
+    torch.manual_seed(0)
+    model = Recurrent(width=3).double()
+    batch = torch.randn(6, 3).double()
+    workload = make_workload(model, [batch], probes=60, schemes=(parse_scheme("fp32:int4"),))
+    unit = next(name for name in workload.cells.units if "cell" in name)
+    (scheme,) = workload.cells.schemes[0]
+    found = scores(workload)
+    called: list[tuple[str, torch.Tensor]] = []
+    for name in ("cell", "twin"):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, a, name=name: called.append((name, a[0].detach()))
+        )
+    model(batch)
+    calls, exact = list(called), 0.0
+    for place, (_, inputs) in enumerate(calls):
+        squares = (fake_quantize_activation(inputs, scheme.activations) - inputs).square().sum(1)
+        for n in range(6):
+
+            def of(move: torch.Tensor) -> torch.Tensor:
+                counter = [0]
+
+                def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+                    counter[0] += 1
+                    return (args[0] + move,) if counter[0] == place + 1 else args  # noqa: B023
+
+                handles = [
+                    model.get_submodule(m).register_forward_pre_hook(add) for m in ("cell", "twin")
+                ]
+                x = batch[n : n + 1]  # noqa: B023
+                output = model(x)
+                for handle in handles:
+                    handle.remove()
+                return workload.divergence.between(model(x).detach(), output).mean()
+
+            trace = exact_hessian(of, torch.zeros(1, 3, dtype=torch.float64)).trace()
+            exact += float(trace / 3 * squares[n]) / 6
+    assert len(calls) == 3
+    number = workload.cells.index((unit, scheme))
+    assert abs(found.values[number] - exact) <= 4 * found.stderr[number]
+    assert found.stderr[number] < 0.2 * exact
+
+
+def test_scoring_may_stop_after_any_round_and_the_error_falls() -> None:
+    workload = small_workload(probes=20)
+    metric = HessianTrace()
+    tasks = metric.tasks(workload)
+    assert [task.round for task in tasks] == sorted(task.round for task in tasks)
+    assert len({task.key for task in tasks}) == len(tasks)
+    tables = [scores(workload, rounds) for rounds in (1, 2, 3)]
+    for table in tables:
+        expected = np.repeat(exact_traces(workload), 2) / np.repeat([20, 15], 2)
+        expected = expected * run(workload)[2]
+        assert (np.abs(table.values - expected) <= 5 * table.stderr).all()
+    # 40, 80 and 160 probes
+    assert (tables[2].stderr < 0.8 * tables[0].stderr).all()
+    np.testing.assert_allclose(tables[2].stderr, tables[0].stderr / 2, rtol=0.5)
+
+
+def test_batches_count_by_their_samples() -> None:
+    workload = deep_workload(probes=200, texts=("int3",), samples=20)
+    table = scores(workload)
+    one_batch = tuple(torch.cat(parts) for parts in zip(*workload.calibration, strict=True))
+    together = scores(replace(workload, calibration=(one_batch,), seed=1))
+    error = np.hypot(table.stderr, together.stderr)
+    assert (np.abs(table.values - together.values) <= 4 * error).all()
+    assert (error < 0.1 * np.abs(table.values)).all()
 
 
 def test_a_loss_that_is_not_one_number_names_the_batch() -> None:
