@@ -90,8 +90,9 @@ class _Mode(TorchFunctionMode):
         if name in PRODUCTS:
             product = func(*args, **kwargs)
             return product if live == 1 else self.ledger.shared(product, live)
-        if name in QUOTIENTS and args and len(args) > 1:
-            return func(args[0], _mapped(torch.Tensor.detach, args[1]), *args[2:], **kwargs)
+        if name in QUOTIENTS and len(args) > 1:
+            scale = args[1].detach() if isinstance(args[1], torch.Tensor) else args[1]
+            return func(args[0], scale, *args[2:], **kwargs)
         if name in SCALES:
             return func(*args, **kwargs).detach()
         if name in SQUARES:

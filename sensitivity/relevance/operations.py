@@ -18,8 +18,10 @@ PLAIN = _names("""
     unbind unfold fold flip fliplr flipud roll rot90 tril triu diagonal diag diag_embed as_strided
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle pad interpolate upsample
     sum mean nansum cumsum neg negative positive diff trace mT mH T H real imag view_as_real
-    view_as_complex conj resolve_conj resolve_neg fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn
-    ifftn rfftn irfftn fftshift ifftshift scatter scatter_add scatter_reduce index_add index_copy
+    view_as_complex conj resolve_conj resolve_neg
+    fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2
+    fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
+    scatter scatter_add scatter_reduce index_add index_copy
     index_put masked_select masked_scatter copy zero avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d dropout dropout1d
     dropout2d dropout3d feature_dropout alpha_dropout
@@ -33,7 +35,7 @@ PLAIN = _names("""
 # Functions of one element: relevance passes as it is, but for what f(0) absorbs.
 ELEMENTWISE = _names("""
     gelu silu tanh sigmoid elu selu celu softplus mish hardswish hardsigmoid hardtanh relu6
-    softsign logsigmoid hardshrink softshrink tanhshrink threshold logit
+    softsign logsigmoid log_sigmoid hardshrink softshrink tanhshrink threshold logit
     erf erfc exp exp2 expm1 log1p sin cos tan asin acos atan sinh cosh asinh acosh atanh
     arctan arcsinh arctanh sqrt pow float_power clamp clamp_min clamp_max clip log log2
     log10 lgamma digamma ceil floor round sinc
