@@ -171,13 +171,12 @@ def test_activations_have_the_traces_of_each_sample_alone() -> None:
     only_weights = replace(workload, cells=deep_workload(50, ("fp32",)).cells)
     table, weights = scores(workload), scores(only_weights)
     exact = exact_input_terms(workload)
-    assert any(term for term in exact)
+    assert np.linalg.norm(table.stderr) < 0.2 * np.linalg.norm(exact)
     for number, (unit, _) in enumerate(workload.cells):
         alone = weights.cells.unit_number(unit)
         off = table.values[number] - weights.values[alone] - exact[number]
         error = math.hypot(table.stderr[number], weights.stderr[alone])
         assert abs(off) <= 4 * error
-        assert error < 0.3 * abs(exact[number]) or not exact[number]
 
 
 def test_activations_of_a_layer_that_is_called_twice_count_twice() -> None:
