@@ -14,6 +14,7 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import LayerName
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
 
+ParameterName = str
 Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer inputs
 
 
@@ -89,12 +90,34 @@ def quantized(
             if not scheme.activations.is_native:
                 limit = (limits or {}).get(name)
                 restore.callback(_quantize_input(module, scheme, limit).remove)
-        for module in modules.values():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None and id(parameter) in replaced:
-                    restore.callback(module._parameters.__setitem__, key, parameter)
-                    module._parameters[key] = replaced[id(parameter)]
+        restore.enter_context(_replaced(model, replaced))
         yield model
+
+
+@contextmanager
+def reweighted(
+    model: nn.Module, weights: Mapping[ParameterName, torch.Tensor]
+) -> Iterator[nn.Module]:
+    """Run the model with other tensors for some parameters, wherever those are used."""
+    parameters = dict(model.named_parameters())
+    others = {
+        id(parameters[name]): nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in weights.items()
+    }
+    with _replaced(model, others):
+        yield model
+
+
+@contextmanager
+def _replaced(model: nn.Module, others: Mapping[int, nn.Parameter]) -> Iterator[None]:
+    """Put others in the place of parameters, by their id; those come back as the same objects."""
+    with ExitStack() as restore:
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) in others:
+                    restore.callback(module._parameters.__setitem__, key, parameter)
+                    module._parameters[key] = others[id(parameter)]
+        yield
 
 
 def _quantize_input(
