@@ -111,6 +111,7 @@ def _evaluation(candidate: Candidate, divergence: str, found: Partial) -> Evalua
         predicted=candidate.predicted,
         metrics=_metrics(found),
         seconds=float(found["seconds"].astype(np.float64)),
+        per_sample=per_sample,
     )
 
 

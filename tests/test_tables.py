@@ -239,22 +239,24 @@ def test_most_interactions_of_pure_noise_are_dropped() -> None:
     assert abs(dropped - 0.68) < 5 * error
 
 
-def test_a_strong_interaction_is_kept() -> None:
+def test_a_strong_interaction_is_kept_for_three_quarters() -> None:
     vectors = noise(2, 400, 1)
     vectors[1] = vectors[0]
     found = responses(vectors).interactions()
     # With u_i = u_j the product is chi-squared: stderr^2 / mean^2 = 2 / samples.
-    assert found[0, 1] == pytest.approx(found[0, 0], rel=4 * 2 / 400)
-    assert found[0, 1] < found[0, 0]
+    assert found[0, 1] == pytest.approx(0.75 * found[0, 0], rel=4 * 2 / 400)
+    assert found[0, 1] < 0.75 * found[0, 0]
 
 
-def test_without_sampling_error_the_quadratic_form_is_the_square_of_the_sum() -> None:
+def test_without_sampling_error_three_quarters_are_the_square_of_the_sum() -> None:
     sample = noise(6, 1, 4)
     vectors = np.repeat(sample, 10, axis=1)  # every sample says the same
     found = responses(vectors).interactions()
     chosen = np.array([1.0, 0, 1, 1, 0, 1])
     total = np.einsum("c,cnk->nk", chosen, vectors.astype(np.float64))
-    assert chosen @ found @ chosen == pytest.approx(0.5 * np.mean(total**2), rel=1e-9)
+    together = 0.5 * np.mean(total**2)
+    alone = chosen @ (0.5 * np.mean(vectors.astype(np.float64) ** 2, axis=(1, 2)))
+    assert chosen @ found @ chosen == pytest.approx(0.75 * together + 0.25 * alone, rel=1e-9)
 
 
 def test_unshrunk_interactions_are_the_square_of_the_sum_for_any_allocation() -> None:

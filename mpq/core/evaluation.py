@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpq.core.problem import Allocation
+from mpq.core.tables import Floats
 
 CHOSEN = "chosen"  # the candidate that a search returns
 DIVERGENCE_NAMES = {
@@ -23,7 +24,8 @@ class Evaluation:
     the original network, `stderr` its standard error over samples; `predicted` is what the
     sensitivity table said for the same quantity. `metrics` come from the user's `evaluate`.
     The bytes are predicted by the memory table and counted in a really written file (None: not
-    written). The candidate "unquantized" has an empty allocation.
+    written). The candidate "unquantized" has an empty allocation. `per_sample` is what `mean` is
+    the mean of, where it is at hand (None: read from the database).
     """
 
     candidate: str
@@ -37,6 +39,7 @@ class Evaluation:
     predicted_bytes: int | None = None
     measured_bytes: int | None = None
     seconds: float = 0.0
+    per_sample: Floats | None = field(default=None, compare=False, repr=False)
 
 
 def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

@@ -17,6 +17,7 @@ from mpq.core.layers import UnitName
 Cell = tuple[UnitName, Scheme]
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+_PAIRS_TRUSTED = 0.75  # measured at 3.0 and 3.5 bits on a CNN and a ViT: better than 1/2 and 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,12 +325,13 @@ class Responses:
         return per_sample.mean(axis=1) + linear, spread / np.sqrt(samples)
 
     def interactions(self) -> Floats:
-        """Return G with G[i, j] = 1/2 mean_nk u_i u_j, off-diagonals shrunk by their own error.
+        """Return G with G[i, j] = 1/2 mean_nk u_i u_j, off-diagonals shrunk.
 
         The score of an allocation with one-hot x is x^T G x. Each off-diagonal term g with
         standard error s (over samples) is multiplied by max(0, 1 - s^2/g^2), the positive-part
         shrinkage towards "no interaction", because the additive model is right where the
-        sample cannot tell otherwise.
+        sample cannot tell otherwise, and by 3/4: whoever minimises picks the pairs that seem to
+        cancel best, and large changes cancel less than the second order says.
         """
         vectors = self.vectors.astype(np.float64)
         num_cells, samples, probes = vectors.shape
@@ -344,6 +346,7 @@ class Responses:
             keep = np.maximum(0.0, 1.0 - variance / np.maximum(np.square(mean), 1e-300))
         else:
             keep = np.zeros_like(mean)  # one sample carries no error estimate: stay additive
+        keep *= _PAIRS_TRUSTED
         np.fill_diagonal(keep, 1.0)
         shrunk: Floats = mean * keep
         if self.linear is not None:  # x^2 = x for a one-hot x: linear terms lie on the diagonal
