@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
     scores = query.matmul(key.transpose(-2, -1)) * (1 / math.sqrt(size) if scale is None else scale)
     allowed: _Tensor | None = None
     if is_causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        allowed = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask
     elif attn_mask is not None:
@@ -240,7 +240,7 @@ def _merged(
 def _to_add(mask: _Tensor, dtype: torch.dtype) -> _Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -torch.inf)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
 
 
 def _affine(x: _Tensor, weight: _Tensor | None, bias: _Tensor | None) -> _Tensor:

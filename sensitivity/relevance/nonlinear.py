@@ -22,7 +22,7 @@ def element(
     wide = seen.to(torch.promote_types(seen.dtype, torch.float32))
     info = torch.finfo(wide.dtype)
     step = info.eps ** (1 / 3)
-    around = function(torch.tensor([-step, 0.0, step], dtype=wide.dtype))
+    around = function(wide.new_tensor([-step, 0.0, step]))
     origin = around[1]
     if torch.isfinite(origin):
         near = wide.abs() < info.eps**0.5
