@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Problem, Solution, Status
-from mpq.core.protocols import Solver
+from mpq.core.protocols import Metric, Scores, Solver, Task
+from mpq.core.tables import Cells
+from mpq.nn.workload import Workload
 from solvers.check import check
 
 # --- solvers ---------------------------------------------------------------------------------
@@ -29,3 +39,87 @@ def solver_contract(solver: Solver, problem: Problem) -> Solution:
         assert set(solution.infeasibility.names) <= {b.cost for b in problem.budgets}
         assert "\n" not in solution.infeasibility.message
     return solution
+
+
+# --- metrics ---------------------------------------------------------------------------------
+
+
+def metric_contract(metric: Metric, workload: Workload) -> Scores | None:
+    """Score twice and return the scores, or None where the metric refuses in one clear line."""
+    before = borrowed_state(workload.model)
+    refusal = ""
+    try:
+        tasks = metric.tasks(workload)
+        partials = [metric.run(workload, task) for task in tasks]
+    except InvalidInputError as error:
+        refusal = str(error)
+    assert same_state(before, borrowed_state(workload.model))
+    if refusal:
+        assert "\n" not in refusal
+        return None
+    _check_keys(metric, workload, tasks)
+    scores = metric.combine(workload.cells, partials)
+    table = scores.sensitivity
+    assert table.metric == metric.name
+    assert table.cells == workload.cells
+    assert np.isfinite(table.values).all()
+    assert np.isfinite(table.stderr).all()
+    assert (table.stderr >= 0).all()
+    for number, (_, scheme) in enumerate(workload.cells):
+        if str(scheme) == "fp32":
+            assert table.values[number] == 0
+            assert table.stderr[number] == 0
+    again = [metric.run(workload, task) for task in tasks]
+    for one, other in zip(partials, again, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    for last in {task.round for task in tasks}:
+        some = [p for task, p in zip(tasks, partials, strict=True) if task.round <= last]
+        early = metric.combine(workload.cells, some).sensitivity
+        assert early.cells == workload.cells
+    return scores
+
+
+def _check_keys(metric: Metric, workload: Workload, tasks: Sequence[Task]) -> None:
+    keys = [task.key for task in tasks]
+    assert keys
+    assert len(set(keys)) == len(keys)
+    assert [task.key for task in metric.tasks(workload)] == keys
+    cells = workload.cells
+    fewer = Cells(units=cells.units, schemes=tuple(schemes[1:] for schemes in cells.schemes))
+    others = (
+        replace(workload, seed=workload.seed + 1),
+        replace(workload, key=workload.key + " changed"),
+        replace(workload, cells=fewer),
+    )
+    for other in others:
+        assert not set(keys) & {task.key for task in metric.tasks(other)}
+
+
+def borrowed_state(model: nn.Module) -> list[tuple[object, ...]]:
+    """Return everything about a model that a borrower has to give back, and the generator."""
+    state: list[tuple[object, ...]] = [("generator", torch.get_rng_state())]
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        own = module.__dict__.get("forward")
+        state.append((name, module.training, own, *(tuple(h.values()) for h in hooks)))
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                content = tensor.detach().clone()
+                grad = None if tensor.grad is None else tensor.grad.clone()
+                state.append((key, id(tensor), tensor.requires_grad, grad, content))
+    return state
+
+
+def same_state(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool:
+    """Tell whether two states are the same bit for bit."""
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return torch.equal(a, b)
+        return bool(a == b)
+
+    return len(one) == len(other) and all(
+        len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        for a, b in zip(one, other, strict=True)
+    )
