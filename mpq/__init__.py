@@ -20,9 +20,11 @@ from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.problem import Allocation, Budget, Frontier, Problem, Solution, Status
+from mpq.core.referee import MetricVerdict, RefereeReport
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 if TYPE_CHECKING:
+    from mpq.compare import compare_metrics
     from mpq.pipeline import run_job, search
     from mpq.result import SearchResult
     from mpq.store.store import open_store
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 _LATER = {
     "SearchResult": "mpq.result",
+    "compare_metrics": "mpq.compare",
     "open_store": "mpq.store.store",
     "run_job": "mpq.pipeline",
     "search": "mpq.pipeline",
@@ -51,8 +54,10 @@ __all__ = [
     "JobSpec",
     "Layer",
     "LayerGraph",
+    "MetricVerdict",
     "MpqError",
     "Problem",
+    "RefereeReport",
     "Responses",
     "RunFailedError",
     "RunState",
@@ -63,6 +68,7 @@ __all__ = [
     "Status",
     "StorageError",
     "Unit",
+    "compare_metrics",
     "open_store",
     "parse_format",
     "parse_scheme",

@@ -62,6 +62,40 @@ def run_here(
     typer.echo(f"run {result.run_id} is stored; page: {page}", err=True)
 
 
+@app.command("referee", rich_help_panel="Run")
+def referee(
+    job: Annotated[Path, typer.Argument(help="A job file, .toml or .json.")],
+    metrics: Annotated[
+        str | None, typer.Option(help="Names, e.g. gauss_newton,kl (default: all there are).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="What scoring may take.")] = 300.0,
+    allocations: Annotated[int, typer.Option(help="Random allocations at each budget.")] = 12,
+    storage: Storage = None,
+    executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare sensitivity metrics on a job's network by what their choices really do."""
+    from mpq.jobfile import load_job
+    from mpq.terminal import print_referee
+
+    spec = load_job(job, {"executor": executor} if executor else {})
+    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
+
+    from mpq.compare import compare_job
+    from mpq.progress import Bars
+
+    report = compare_job(
+        spec,
+        metrics=names,
+        seconds=seconds,
+        allocations=allocations,
+        storage=storage,
+        progress=Bars(),
+    )
+    print_referee(report, as_json)
+    typer.echo(f"run {report.run_id} is stored", err=True)
+
+
 @app.command("show", rich_help_panel="Inspect")
 def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
     """Print a stored run: budgets, the chosen schemes, predicted against measured."""

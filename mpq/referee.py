@@ -103,6 +103,14 @@ def in_order(verdicts: Sequence[MetricVerdict]) -> list[MetricVerdict]:
     return sorted(verdicts, key=lambda v: (v.regret, -(v.spearman or 0.0), v.seconds))
 
 
+def verdict_line(verdict: MetricVerdict) -> str:
+    """Return a verdict in one line."""
+    rank = "?" if verdict.spearman is None else f"{verdict.spearman:.3f}"
+    return (
+        f"{verdict.metric}: regret {verdict.regret:.1%}, Spearman {rank}, {verdict.seconds:.1f} s"
+    )
+
+
 def setting_text(budgets: Sequence[Budget]) -> str:
     """Return budgets as they were written."""
     return " and ".join(budget.text or budget_text(budget) for budget in budgets)

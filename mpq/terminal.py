@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
+from mpq.core.referee import RefereeReport
 from mpq.store.store import Store
 
 
@@ -37,8 +39,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     solution = dict(store.solutions(run_id))[CHOSEN]
     console.print(_units_table(store.graph(run_id), problem, solution.allocation))
     console.print(_budget_table(problem, solution))
-    evaluations = store.evaluations(run_id)
-    console.print(_measured_table(problem.with_budgets(solution.budgets), evaluations))
+    told = [e for e in store.evaluations(run_id) if not e.candidate.startswith("random ")]
+    console.print(_measured_table(problem.with_budgets(solution.budgets), told))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
 
@@ -65,18 +67,14 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
 
 def solution_view(solution: Solution) -> dict[str, Any]:
     """Return a solution as plain data; infinite bounds and gaps become null."""
-
-    def finite(value: float) -> float | None:
-        return value if abs(value) < float("inf") else None
-
     return {
         "status": str(solution.status),
         "solver": solution.solver,
         "budgets": {b.cost: b.limit for b in solution.budgets},
         "totals": dict(solution.totals or {}),
         "score": solution.score,
-        "bound": finite(solution.bound),
-        "gap": finite(solution.gap),
+        "bound": _finite(solution.bound),
+        "gap": _finite(solution.gap),
         "seconds": solution.seconds,
         "allocation": solution.allocation.text() if solution.allocation is not None else None,
     }
@@ -117,6 +115,74 @@ def print_runs(store: Store, limit: int, as_json: bool = False) -> None:
         created = f"{r.created_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(r.id, r.name, str(r.state), created, r.spec.model, ", ".join(r.spec.budgets))
     _console().print(table)
+
+
+def print_referee(report: RefereeReport, as_json: bool = False) -> None:
+    """Print how metrics compare, the picked one first."""
+    if as_json:
+        print(json.dumps(_referee_view(report), indent=2))
+        return
+    console = _console()
+    console.print(_verdict_table(report))
+    console.print()
+    console.print(_regret_table(report))
+    for name, reason in report.refused.items():
+        console.print(Text(f"{name} left out: {reason}", "dim"))
+    console.print(Text.assemble("picked: ", (report.picked, "bold")))
+
+
+def _verdict_table(report: RefereeReport) -> Table:
+    table = Table("metric", box=None, header_style="bold")
+    for column in ("mean regret", "Spearman", "Kendall", "predicted/measured", "seconds", "memory"):
+        table.add_column(column, justify="right")
+    for v in report.verdicts:
+        table.add_row(
+            Text(v.metric, "bold" if v.metric == report.picked else ""),
+            _regret(v.regret),
+            _correlation(v.spearman, v.spearman_stderr),
+            _correlation(v.kendall, v.kendall_stderr),
+            "-" if v.ratio is None else f"{v.ratio:.2f}",
+            f"{v.seconds:.1f}",
+            "-" if v.peak_bytes is None else quantity(v.peak_bytes, "bytes"),
+        )
+    table.caption = (
+        f"{report.num_measured} allocations measured on calibration data "
+        f"({DIVERGENCE_NAMES[report.divergence]}), {report.num_random} of them random"
+    )
+    return table
+
+
+def _regret_table(report: RefereeReport) -> Table:
+    table = Table("regret within", box=None, header_style="bold")
+    for setting in report.budgets:
+        table.add_column(" and ".join(b.text for b in setting), justify="right")
+    for v in report.verdicts:
+        table.add_row(v.metric, *map(_regret, v.regrets))
+    best = (f"{value:.3g}" for value in report.best)
+    table.add_row("best measured", *best, style="dim")
+    return table
+
+
+def _regret(regret: float) -> str:
+    return f"{regret:.1%}" if regret < 10 else f"{regret + 1:.3g} x best"
+
+
+def _correlation(value: float | None, stderr: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} ± {stderr:.2f}"
+
+
+def _referee_view(report: RefereeReport) -> dict[str, Any]:
+    """Return a report as plain data; infinite regrets become null."""
+    view = asdict(report)
+    for verdict in view["verdicts"]:
+        verdict["regret"] = _finite(verdict["regret"])
+        verdict["regrets"] = [_finite(regret) for regret in verdict["regrets"]]
+    view["best"] = [_finite(value) for value in report.best]
+    return view
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
 
 
 def _console() -> Console:
