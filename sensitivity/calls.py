@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
 from mpq.nn.batches import Batch, cut, num_samples, position_mask
+from mpq.nn.patch import evaluating
 from mpq.nn.workload import Workload
 
 _HELD_BYTES = 2**30  # of a part: layer inputs, outputs and gradients together
@@ -59,7 +60,7 @@ def _samples_at_once(workload: Workload, number: int, batch: Batch, rows: int) -
         return 1
     seen = []
     for count in (1, 2):
-        with Calls(workload) as calls, torch.no_grad():
+        with evaluating(workload.model), Calls(workload) as calls, torch.no_grad():
             output = workload.output(number, cut(batch, 0, count))
         seen.append(calls)
     one, two = (calls.inputs() for calls in seen)
