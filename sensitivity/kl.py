@@ -44,4 +44,5 @@ class Kl:
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
         """Return the mean divergence of every cell; the error bar is over samples."""
-        return Scores(sensitivity=mean_over_samples(self.name, cells, partials))
+        table = mean_over_samples(self.name, cells, partials)
+        return Scores(sensitivity=table, is_divergence=True)
