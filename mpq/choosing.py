@@ -15,7 +15,6 @@ from mpq.criterion import Criterion
 from mpq.evaluate import Candidate
 from mpq.refine import Relinearise, refine
 from mpq.store.store import Store
-from mpq.validation import Mask
 
 Measure = Callable[[Sequence[Candidate]], dict[str, Evaluation]]
 
@@ -26,7 +25,6 @@ def choose(
     spec: JobSpec,
     measured: Measure,
     around: Relinearise,
-    validation: Mask,
     store: Store,
     run_id: str,
     with_metrics: bool = False,
@@ -48,7 +46,6 @@ def choose(
             around,
             lambda p: measured([as_candidate(p)])[p.name],
             spec.refine,
-            validation,
         ):
             proposals.append(proposal)
             evaluations[proposal.name] = evaluation

@@ -3,8 +3,8 @@
 Around the original network the second-order model fails at low bits. Around the quantized network
 the divergence of a nearby allocation is its slope plus its curvature (sensitivity.responses); the
 solver minimises both within a trust region on the number of units that change, the result is
-measured, and only what measures better is kept: on all calibration data, and on the half of it
-that the linearisation has not seen (mpq.validation).
+measured, and only what measures better is kept, on both halves of the calibration data: what
+one half gains and the other does not is luck.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from mpq.candidates import Proposal, additively
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import CostTable, Responses, SensitivityTable
-from mpq.validation import Mask
 from solvers import get_solver
 
 Relinearise = Callable[[Allocation], Responses]
@@ -34,7 +33,6 @@ def refine(
     relinearise: Relinearise,
     measure: MeasureOne,
     steps: int,
-    validation: Mask,
 ) -> list[tuple[Proposal, Evaluation]]:
     """Return what at most `steps` steps tried, in order, with its measurement.
 
@@ -61,18 +59,19 @@ def refine(
         )
         evaluation = measure(proposal)
         tried.append((proposal, evaluation))
-        if _better(evaluation, best_measured, validation):
+        if _better(evaluation, best_measured):
             best, best_measured, responses = proposal, evaluation, None
         else:
             region //= 2
     return tried
 
 
-def _better(new: Evaluation, old: Evaluation, validation: Mask) -> bool:
+def _better(new: Evaluation, old: Evaluation) -> bool:
+    """Tell whether both halves of the samples, every second one, measure better."""
     assert new.per_sample is not None
     assert old.per_sample is not None
-    unseen = new.per_sample[validation].mean() - old.per_sample[validation].mean()
-    return new.mean < old.mean and bool(unseen < 0)
+    gain = old.per_sample - new.per_sample
+    return len(gain) > 0 and all(half.mean() > 0 for half in (gain[::2], gain[1::2]) if len(half))
 
 
 def _nearby(problem: Problem, base: Allocation, responses: Responses, region: int) -> Problem:
