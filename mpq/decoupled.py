@@ -5,8 +5,9 @@ layers that change how clean it is need different metrics, whose numbers do not 
 group is scored by its own metric and gets its own share of the budget; the split is scanned, and
 the real joint measurement decides between the allocations that the splits give.
 
-With n_g the size of group g (the mean cost of its cells) and A what the budget leaves for the
-searched units, a split K gives group g the share A n_g k_g / sum_h n_h k_h. Two groups have
+With n_g the size of group g (its cost in the largest uniform scheme that fits, else the mean cost
+of its cells) and A what the budget leaves for the searched units, a split K gives group g the share
+A n_g k_g / sum_h n_h k_h. Two groups have
 (k_1, k_2) = (sqrt K, 1 / sqrt K), as MixDQ; in general log k runs over a lattice of sum 0 around
 proportional shares (all k equal). All other budgets hold for the allocation as a whole.
 """
@@ -23,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mpq.core.errors import InvalidInputError, unknown
+from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph, UnitName
 from mpq.core.patterns import matching
 from mpq.core.problem import Allocation, Budget, Problem
-from mpq.core.tables import CostTable, Floats, SensitivityTable
+from mpq.core.tables import Cells, CostTable, Floats, SensitivityTable
 from mpq.quality_tables import quality_tables
 from mpq.tasks import Workers
 from solvers import solve
@@ -35,6 +37,7 @@ from solvers import solve
 Groups = Mapping[str, Sequence[UnitName]]  # the units that each quality scores
 
 _RADIUS = {1: 0, 2: 8, 3: 2}  # of the lattice of splits, by number of groups: 1, 17, 19 points
+_ROUNDING = 1e-9  # of a share, relative
 _LARGEST_RATIO = 4.0  # between the k of two groups: 8 bit in one where the other has 2
 
 
@@ -176,7 +179,7 @@ def scan_splits(problem: Problem, tables: Mapping[str, SensitivityTable], groups
     table = problem.costs[budget.cost]
     inside = {name: _inside(problem, units) for name, units in groups.items()}
     grouped = _grouped(problem, table, tables, inside)
-    sizes, smallest, largest = _sizes(table, inside)
+    sizes, smallest, largest = _sizes(problem, table, inside)
     widest = float((largest / np.maximum(smallest, 1e-300)).max())
     found: dict[Allocation, str] = {}
     tried = infeasible = 0
@@ -184,18 +187,59 @@ def scan_splits(problem: Problem, tables: Mapping[str, SensitivityTable], groups
         tried += 1
         shares = (budget.limit - table.fixed) * sizes * factors / (sizes @ factors)
         allocation = None
-        if (shares >= smallest).all() and (shares > 0).all():
-            own = [
-                Budget(_share_of(table, name), share)
+        if (shares >= smallest * (1 - _ROUNDING)).all() and (shares > 0).all():
+            shares = np.maximum(shares * (1 + _ROUNDING), smallest)  # the whole budget holds too
+            own = {
+                name: Budget(_share_of(table, name), share)
                 for name, share in zip(inside, shares.tolist(), strict=True)
-            ]
-            allocation = solve(grouped.with_budgets([*problem.budgets, *own]), "ilp").allocation
+            }
+            allocation = _within_shares(grouped, own, groups)
         if allocation is None:
             infeasible += 1
         else:
             found.setdefault(allocation, _split_name(list(inside), factors))
     named = {name: allocation for allocation, name in found.items()}
     return Splits(cost=table.name, allocations=named, tried=tried, infeasible=infeasible)
+
+
+def _within_shares(
+    problem: Problem, shares: Mapping[str, Budget], groups: Groups
+) -> Allocation | None:
+    """Return the optimum in which each group keeps its share, None where there is none.
+
+    Where the groups' own optima meet all other budgets together, nothing better meets them.
+    """
+    apart: dict[UnitName, Scheme] = {}
+    for name, share in shares.items():
+        own = _only(problem, share, groups[name])
+        solution = solve(own, "ilp")
+        if solution.allocation is None:
+            return None
+        apart |= solution.allocation
+    together = Allocation({unit: apart[unit] for unit in problem.cells.units})
+    if problem.fits(together):
+        return together
+    return solve(problem.with_budgets([*problem.budgets, *shares.values()]), "ilp").allocation
+
+
+def _only(problem: Problem, share: Budget, units: Sequence[UnitName]) -> Problem:
+    """Return the problem of some units under their share alone."""
+    members = set(units)
+    both = zip(problem.cells.units, problem.cells.schemes, strict=True)
+    schemes = {unit: of_unit for unit, of_unit in both if unit in members}  # in the cells' order
+    cells = Cells(units=tuple(schemes), schemes=tuple(schemes.values()))
+    inside = _inside(problem, units)
+    table, cost = problem.sensitivity, problem.costs[share.cost]
+    return Problem(
+        sensitivity=SensitivityTable(
+            metric=table.metric,
+            cells=cells,
+            values=table.values[inside],
+            stderr=table.stderr[inside],
+        ),
+        costs={share.cost: CostTable.exact(cost.name, cost.unit, cells, cost.values[inside])},
+        budgets=(share,),
+    )
 
 
 def joint_scores(problem: Problem, tables: Mapping[str, SensitivityTable]) -> Problem:
@@ -253,15 +297,18 @@ def _grouped(
 
 
 def _sizes(
-    table: CostTable, inside: Mapping[str, npt.NDArray[np.bool_]]
+    problem: Problem, table: CostTable, inside: Mapping[str, npt.NDArray[np.bool_]]
 ) -> tuple[Floats, Floats, Floats]:
-    """Return the size of each group (its cells' mean cost), and its least and largest cost."""
+    """Return the size of each group, and its least and largest cost."""
     starts, counts = table.cells.offsets[:-1], np.diff(table.cells.offsets)
+    uniform = [a.choice(problem.cells) for a in problem.uniform().values() if problem.fits(a)]
     members = np.stack([mask[starts] for mask in inside.values()]).astype(np.float64)
-    mean = np.add.reduceat(table.values, starts) / counts
+    middle = np.add.reduceat(table.values, starts) / counts
+    if uniform:  # then equal factors leave room for that uniform scheme, to the byte
+        middle = table.values[max(uniform, key=lambda choice: table.values[choice].sum())]
     least = np.minimum.reduceat(table.values, starts)
     most = np.maximum.reduceat(table.values, starts)
-    return members @ mean, members @ least, members @ most
+    return members @ middle, members @ least, members @ most
 
 
 def _factors(groups: int, ratio: float) -> Iterator[Floats]:

@@ -68,8 +68,6 @@ def load(
 
 def _load_qualities(sources: Mapping[str, Any]) -> dict[str, Quality]:
     """Return quality functions: themselves, by name, or what entry points name."""
-    if not isinstance(sources, Mapping):
-        raise InvalidInputError("quality", f"quality is {{name: function}}, got {sources!r}")
     return {
         name: load_function(source, f"quality {name!r}")
         if callable(source) or ":" in str(source)

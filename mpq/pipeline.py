@@ -106,6 +106,8 @@ def search(
             raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
     if pin is not None and not isinstance(pin, Mapping):
         raise InvalidInputError("pin", f"pin is {{layer: scheme}}, got {pin!r}")
+    if quality is not None and not isinstance(quality, Mapping):
+        raise InvalidInputError("quality", f"quality is {{name: function}}, got {quality!r}")
     if not isinstance(groups, str) and any(isinstance(group, str) for group in groups):
         raise InvalidInputError("groups", f"groups is a list of lists of layers, got {groups!r}")
     spec = JobSpec(
@@ -250,7 +252,14 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         others |= decoupled(workers, problem, spec, run_id).allocations
     proposals = propose(problem, spec.solver, others)
     chosen, criterion = choose(
-        problem, proposals, spec, measured, around, store, run_id, with_metrics
+        problem,
+        proposals,
+        spec,
+        measured,
+        around,
+        store,
+        run_id,
+        with_metrics,
     )
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
