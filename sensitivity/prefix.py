@@ -4,8 +4,8 @@ Where only some weights or layer inputs are changed, every module call that ende
 first of them is used gives what it gave before. Such a call returns a copy of its remembered
 output instead of running, the outermost call where several are nested. A call always runs where
 a copy could differ from what running it does: it writes to its inputs, returns a part of them,
-changes state of its own (tensors, attributes), holds modules with hooks inside, or returns what
-cannot be copied with its memory layout.
+changes state of its own (tensors, attributes), draws random numbers, holds modules with hooks, or
+returns what cannot be copied with its memory layout.
 """
 
 from __future__ import annotations
@@ -272,12 +272,16 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _state(module: nn.Module) -> list[tuple[object, ...]]:
-    """Return what a module's own attributes and tensors are, without their contents."""
+    """Return what a call can change besides its output: attributes, tensors, the generator.
+
+    Contents of attributes are not read, their sizes are.
+    """
     tensors = [*module._parameters.values(), *module._buffers.values()]
     attributes = [_Same(value) for name, value in module.__dict__.items() if name != "forward"]
     sizes = [len(v) for v in module.__dict__.values() if isinstance(v, Sized)]
     versions = [None if t is None else (id(t), _version(t)) for t in tensors]
-    return [tuple(attributes), tuple(sizes), tuple(versions)]
+    generator = torch.get_rng_state().numpy().tobytes()
+    return [tuple(attributes), tuple(sizes), tuple(versions), (generator,)]
 
 
 @dataclass(slots=True, eq=False)

@@ -53,7 +53,9 @@ def sweep(
     """
     batch = workload.calibration[number]
     with evaluating(workload.model), torch.no_grad():
+        generator = torch.get_rng_state()
         elsewhere = _used_elsewhere(workload, number, batch)
+        torch.set_rng_state(generator)
         found = list(_halves(workload, number, batch, variants, functions, elsewhere))
     return {name: np.concatenate([part[name] for part in found], axis=1) for name in functions}
 
