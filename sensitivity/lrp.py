@@ -61,13 +61,15 @@ class Lrp:
     and one backward pass, and for `lrp` a replay of each layer for each scheme.
     """
 
-    def __init__(self, *, error: bool = True) -> None:
+    def __init__(self, *, error: bool = True, composite: Composite | None = None) -> None:
         self._error = error
+        self._composite = composite  # None: by the kinds of layers
         self.name = "lrp" if error else "lrp_importance"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per batch; its key holds model, data, cells and the divergence."""
-        return batch_tasks(workload, self.name, _VERSION, workload.divergence.kind)
+        """Return one task per batch; its key holds model, data, cells, divergence and rules."""
+        rules = repr(self._rules(workload))
+        return batch_tasks(workload, self.name, _VERSION, workload.divergence.kind, rules)
 
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return, for each sample, what arrived at units and what it says of cells.
@@ -76,7 +78,7 @@ class Lrp:
         "operations" and "shares" name what has no rule, with its share of the relevance.
         """
         (number,) = task.part
-        composite = composite_of(workload.graph)
+        composite = self._rules(workload)
         with evaluating(workload.model), frozen(workload.model):
             found = [
                 _arrived(workload, part, composite, self._error)
@@ -107,6 +109,9 @@ class Lrp:
         values, stderr = ratios(lost, arrived.sum(axis=0))
         table = SensitivityTable(metric=self.name, cells=cells, values=values, stderr=stderr)
         return Scores(sensitivity=table)
+
+    def _rules(self, workload: Workload) -> Composite:
+        return composite_of(workload.graph) if self._composite is None else self._composite
 
 
 def composite_of(graph: LayerGraph) -> Composite:

@@ -113,7 +113,7 @@ def test_relevance_is_conserved_on_the_examples(name: str) -> None:
     assert difference < 1e-3
     assert not ledger.unexplained
     if composite is CNN:  # biases share there: next to nothing is absorbed
-        assert abs(sum(ledger.absorbed.values())) < 0.01 * ledger.total
+        assert abs(sum(ledger.absorbed.values())) < 0.05 * ledger.total
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -407,3 +407,13 @@ def test_same_inputs_same_numbers_and_keys_follow_the_inputs() -> None:
     with torch.no_grad():
         next(iter(model.parameters()))[0] += 1e-3
     assert Lrp().tasks(make_workload(model, batch))[0].key not in keys
+
+
+def test_other_rules_have_other_keys() -> None:
+    workload = make_workload(small_cnn(), [torch.randn(3, 2, 4, 4)])
+    metrics = [Lrp(composite=composite) for composite in (None, CNN, TRANSFORMER)]
+    keys = [metric.tasks(workload)[0].key for metric in metrics]
+    assert keys[0] == keys[1] != keys[2]
+    scores = [metric.run(workload, metric.tasks(workload)[0])["arrived"] for metric in metrics]
+    assert np.array_equal(scores[0], scores[1])
+    assert not np.allclose(scores[0], scores[2])

@@ -528,3 +528,51 @@ def test_a_cnn_keeps_relevance_through_negative_scales_and_zeros() -> None:
     x[:, :, 4:] = 0
     _, started, ledger = traced(net.double(), x.double(), composite=CNN)
     assert ledger.total == pytest.approx(float(started.sum()), rel=1e-9)
+
+
+def test_an_encoder_layer_of_torch_has_rules_throughout() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, activation="gelu").eval()
+    x = torch.randn(2, 4, 6)
+    output, started, ledger = traced(layer, x)
+    torch.testing.assert_close(output, layer(x), rtol=1e-4, atol=1e-5)
+    assert ledger.total == pytest.approx(float(started.sum()), abs=1e-4)
+    assert not ledger.unexplained
+
+
+def test_attention_with_added_keys_has_no_rule() -> None:
+    layer = nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True)
+    _, started, ledger = traced(
+        lambda x: layer.requires_grad_(False)(x, x, x)[0], torch.randn(2, 4, 6)
+    )
+    assert set(ledger.unexplained) == {"multi_head_attention_forward"}
+    assert ledger.total == pytest.approx(float(started.sum()), abs=1e-4)
+
+
+def preactivated(blocks: int = 6) -> nn.Module:
+    """A residual network in which batch norms follow additions."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+            self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.convs[0](self.norms[0](x).relu())
+            return x + self.convs[1](self.norms[1](h).relu())
+
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), *(Block() for _ in range(blocks)), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        for _ in range(30):
+            net.train()(torch.rand(16, 1, 10, 10))
+    return net
+
+
+def test_batch_norms_after_additions_make_no_relevance() -> None:
+    net = nn.Sequential(preactivated(), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
+    _, started, ledger = traced(net, torch.rand(8, 1, 10, 10), composite=CNN)
+    assert ledger.total == pytest.approx(
+        float(started.sum()), abs=1e-4 * float(started.abs().sum())
+    )
+    arrived = sum(float(r.abs().sum()) for r in ledger.inputs.values())
+    assert arrived < 10 * float(started.abs().sum())

@@ -5,7 +5,7 @@ batch (relevance at inputs plus what constants absorb, against that of the outpu
 share, and over layers in int4 the rank correlations (Spearman) of `lrp` with `gauss_newton`, of
 both with the measured divergence of that layer alone in int4, and of LRP's contributions c_l with
 Gauss-Newton; then the layers with most relevance beside Gauss-Newton's most sensitive.
-Run: python -m benchmarks.sections.relevance [digits_resnet20 digits_vit minilm]
+Run: python -m benchmarks.sections.relevance [digits_resnet20 digits_vit minilm smollm2]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.sketch import make_workload, one_at_a_time, ranks
 from mpq.choices import make_cells, parse_schemes
+from mpq.nn.batches import cut
 from mpq.nn.patch import evaluating, frozen
 from mpq.nn.workload import Workload
 from sensitivity import get_metric
@@ -26,7 +27,8 @@ from sensitivity.calls import Part
 from sensitivity.lrp import composite_of, start
 from sensitivity.relevance.mode import relevance
 
-EXAMPLES = ("digits_resnet20", "digits_vit", "minilm")
+EXAMPLES = ("digits_resnet20", "digits_vit", "minilm", "smollm2")
+FIRST = {"smollm2": 1}  # samples of the first batch, where all of two would take an hour
 
 
 def conservation(workload: Workload) -> tuple[float, float]:
@@ -53,6 +55,9 @@ def compare(name: str, num_batches: int = 2) -> None:
     full = make_workload(name, num_batches)
     schemes = parse_schemes(["int4"])
     workload = dataclasses.replace(full, cells=make_cells(full.graph, lambda layer: schemes))
+    if name in FIRST:
+        some = cut(full.calibration[0], 0, FIRST[name])
+        workload = dataclasses.replace(workload, calibration=(some,))
     error, absorbed = conservation(workload)
     found, seconds = {}, {}
     for metric in (get_metric("lrp"), get_metric("gauss_newton")):
@@ -62,7 +67,7 @@ def compare(name: str, num_batches: int = 2) -> None:
         found[metric.name] = metric.combine(workload.cells, partials).sensitivity.values
         if metric.name == "lrp":
             contributions = np.mean([p["arrived"].mean(axis=1) for p in partials], axis=0)
-    truth = np.mean([one_at_a_time(workload, n) for n in range(len(full.calibration))], axis=0)
+    truth = np.mean([one_at_a_time(workload, n) for n in range(len(workload.calibration))], axis=0)
     lrp, newton = found["lrp"], found["gauss_newton"]
     print(
         f"{name:16} {len(lrp):6} {error:12.1e} {absorbed:9.3f} {spearman(lrp, newton):8.3f} "

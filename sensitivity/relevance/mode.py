@@ -70,8 +70,12 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("embedding", "embedding_bag") and not live:
             return _mapped(self._source, func(*args, **kwargs))
-        if name in LAYERS or name == "batch_norm":
-            return self._layer(name, func, args, kwargs)
+        if name == "batch_norm":
+            return self._batch_norm(func, args, kwargs)
+        if name in LAYERS:
+            return _marked(self._layer(name, func, args, kwargs))
+        if name == "clone" and _is_marked(args[0]):  # what a hook made of a layer's output
+            return _marked(func(*args, **kwargs))
         if not live or name in PLAIN:
             return func(*args, **kwargs)
         changes = in_place and name not in ADDITIVE and name not in QUOTIENTS
@@ -100,19 +104,20 @@ class _Mode(TorchFunctionMode):
         if name in SOFTMAXES and live == 1 and (dim := _dim(args, kwargs)) is not None:
             value = func(args[0].detach(), *args[1:], **kwargs)
             return SOFTMAXES[name](self.ledger, args[0], value, dim)
-        if name in ELEMENTWISE and live == 1 and args and _tensors(args[:1]):
+        if name in ELEMENTWISE and args and getattr(args[0], "requires_grad", False):
             return self._element(name, func, args, kwargs)
         if name in DECOMPOSITIONS:
-            with self:
-                return DECOMPOSITIONS[name](*args, **kwargs)
+            try:
+                with self:
+                    return DECOMPOSITIONS[name](*args, **kwargs)
+            except NotImplementedError:  # a rare option
+                return self._without_rule(name, func, args, kwargs)
         return self._without_rule(name, func, args, kwargs)
 
     def _layer(
         self, name: str, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Return a layer's output with the rule that the composite gives its kind."""
-        if name == "batch_norm":
-            return self._batch_norm(func, args, kwargs)
         named = dict(zip(("input", "weight", "bias"), args, strict=False))
         named |= {key: kwargs[key] for key in ("input", "weight", "bias") if key in kwargs}
         others = {key: value for key, value in kwargs.items() if key not in named}
@@ -155,7 +160,8 @@ class _Mode(TorchFunctionMode):
         if named.get("bias") is not None:
             shift = shift + named["bias"]
         shape = (-1, *(1,) * (x.dim() - 2))
-        rule = self._composite.rule(("batch_norm",))
+        kinds = ("folded", "batch_norm") if _is_marked(x) else ("batch_norm",)
+        rule = self._composite.rule(kinds)
         return rule.share(
             self.ledger, torch.mul, x, scale.reshape(shape), shift.reshape(shape).to(x.dtype)
         )
@@ -189,7 +195,7 @@ class _Mode(TorchFunctionMode):
         x, *rest = args
         if name in ("pow", "float_power") and _is_negative(rest[0] if rest else kwargs):
             return func(*args, **kwargs).detach()
-        if _tensors(rest):
+        if _tensors((rest, kwargs)):
             return self._without_rule(f"{name} with tensors", func, args, kwargs)
         # the activations of torch take no other truth value by position
         in_place = kwargs.get("inplace", False) or any(value is True for value in rest)
@@ -242,6 +248,16 @@ def _as_one_function(module: nn.Module, mode: _Mode, stack: ExitStack) -> None:
 
     stack.callback(module.register_forward_pre_hook(before).remove)
     stack.callback(module.register_forward_hook(after).remove)
+
+
+def _marked(output: torch.Tensor) -> torch.Tensor:
+    """Remember that this very tensor is the output of a layer."""
+    output._of_layer = True  # type: ignore[attr-defined]
+    return output
+
+
+def _is_marked(x: torch.Tensor) -> bool:
+    return getattr(x, "_of_layer", False)
 
 
 def _name(func: Function) -> tuple[str, bool]:

@@ -67,10 +67,9 @@ class Epsilon:
 
 @dataclass(frozen=True, slots=True)
 class Gamma:
-    """LRP-gamma: positive weights count 1 + gamma times.
+    """LRP-gamma: positive weights count 1 + gamma times; meant for inputs that are not negative.
 
-    For inputs of either sign, a contribution is positive where the signs agree; see ZPlus for the
-    limit of large gamma on inputs that are not negative.
+    Large gamma comes near ZPlus. z can be near zero: relevance may grow beyond all bounds there.
     """
 
     gamma: float = 0.25
@@ -128,7 +127,7 @@ class ZBox:
 
     low: float | None = None
     high: float | None = None
-    epsilon: float = 1e-9
+    epsilon: float = 1e-6
 
     def share(
         self,
@@ -142,9 +141,9 @@ class ZBox:
         seen = x.detach()
         low = torch.full_like(seen, float(seen.min()) if self.low is None else self.low)
         high = torch.full_like(seen, float(seen.max()) if self.high is None else self.high)
-        z = operation(x, weight)
-        z = z - operation(ledger.source(low), weight.clamp(min=0))
-        z = z - operation(ledger.source(high), weight.clamp(max=0))
+        # as (x - low) w+ + (x - high) w-, whose terms have one sign: nothing cancels
+        z = operation(x - ledger.source(low), weight.clamp(min=0))
+        z = z + operation(x - ledger.source(high), weight.clamp(max=0))
         return ledger.surrogate(z, _plain(operation, x, weight, bias), self.epsilon)
 
 
@@ -161,7 +160,8 @@ class Composite:
     """Which rule each kind of layer takes.
 
     `rules` are (kind, rule), the first match wins: "first" is the first convolution or linear
-    layer that runs, "conv", "linear" and "batch_norm" are what they say, "any" is the rest.
+    layer that runs, "folded" a batch norm right after a layer, "conv", "linear" and "batch_norm"
+    are what they say, "any" is the rest.
     """
 
     rules: tuple[tuple[str, Rule], ...] = ()
@@ -174,13 +174,14 @@ class Composite:
 
 
 TRANSFORMER = Composite()
-# Batch norm passes relevance as it is, and no bias absorbs: in between z+ rules, which divide by
-# sums of one sign, LRP-0 of batch norm would multiply what arrives by scale x / output, per layer.
+# A batch norm after a convolution passes relevance as it is, as if folded into it: LRP-0 would
+# multiply what arrives by scale x / output, layer after layer. Elsewhere (after an addition) the
+# quotient by x would have nothing to cancel it, and LRP-0 stays bounded.
 CNN = Composite(
     (
         ("first", ZBox()),
         ("conv", ZPlus(bias_absorbs=False)),
-        ("batch_norm", Epsilon(1e-6, bias_absorbs=False)),
+        ("folded", Epsilon(1e-3, bias_absorbs=False)),
         ("linear", Epsilon(1e-6)),
     )
 )
