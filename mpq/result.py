@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq.additivity import Additivity, additivity
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
@@ -140,6 +141,10 @@ class SearchResult:
 
         others = [b for b in self.solution.budgets if b.cost != cost]
         return frontier(self.problem.with_budgets(others), cost, points)
+
+    def additivity(self) -> Additivity:
+        """Return whether the parts of the chosen allocation add up: alone, in pairs, measured."""
+        return additivity(self.problem, self.unit_allocation, self.evaluation)
 
     def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Return a context manager in which `model` computes as the chosen allocation would."""

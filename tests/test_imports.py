@@ -42,7 +42,7 @@ HEAVY = {
     "onnxruntime": {"hw_cost_models/measured/onnxruntime.py"},
     "onnx": {"hw_cost_models/measured/graphs.py"},
     "transformers": {"mpq/models.py"},
-    "plotly": {"mpq/report.py"},
+    "plotly": {"mpq/figures.py"},
     "safetensors": {"mpq/export/packed.py"},
     "optuna": set(),
 }

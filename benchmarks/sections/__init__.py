@@ -1,0 +1,1 @@
+"""Parts of benchmarks/sensitivity.py, each of which also runs alone."""
