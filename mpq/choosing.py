@@ -56,8 +56,9 @@ def choose(
     store.put_solution(run_id, CHOSEN, chosen.solution)
     store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
     fitting = [proposal.name for proposal in proposals if proposal.fits]
+    by = f" by {' + '.join(criterion.scales)}" if criterion.scales else ""
     store.log(
-        run_id, "chosen", f"{chosen.name} measured best on calibration of {', '.join(fitting)}"
+        run_id, "chosen", f"{chosen.name} measured best on calibration{by} of {', '.join(fitting)}"
     )
     for limit in criterion.limits:
         value = evaluations[chosen.name].metrics[limit.metric]

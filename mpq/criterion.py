@@ -50,7 +50,7 @@ class Criterion:
 
     def allows(self, evaluation: Evaluation) -> bool:
         """Tell whether a candidate meets every limit."""
-        return all(limit.met(evaluation.metrics[limit.metric]) for limit in self.limits)
+        return all(limit.met(_of(limit, evaluation)) for limit in self.limits)
 
     def unreached(self, evaluations: Sequence[Evaluation]) -> InfeasibleError:
         """Return the error for candidates of which none meets every limit."""
@@ -62,9 +62,14 @@ class Criterion:
         )
 
 
+def _of(limit: Limit, evaluation: Evaluation) -> float:
+    """Return what a limit is on; NaN where the user's `evaluate` left it out."""
+    return evaluation.metrics.get(limit.metric, math.nan)
+
+
 def _closest(limit: Limit, evaluations: Sequence[Evaluation]) -> str:
-    best = limit.nearest(e.metrics[limit.metric] for e in evaluations)
+    best = limit.nearest(_of(limit, e) for e in evaluations)
     if math.isnan(best):
         return f"{limit.metric} is NaN for all of them"
-    names = [e.candidate for e in evaluations if e.metrics[limit.metric] == best]
+    names = [e.candidate for e in evaluations if _of(limit, e) == best]
     return f"the best {limit.metric} is {best:.6g} ({names[0]})"
