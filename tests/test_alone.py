@@ -89,6 +89,18 @@ def test_kl_is_the_divergence_of_whole_passes_bit_for_bit(name: str, kind: Kind)
     check_mean(table("kl", of), plain_loop(of, divergence))
 
 
+def test_static_ranges_of_inputs_are_those_of_the_graph() -> None:
+    of = make("mlp", ("int8:int4",))
+    layers = tuple(replace(layer, input_range=(-0.3, 0.4)) for layer in of.graph.layers)
+    narrow = replace(of, graph=replace(of.graph, layers=layers))
+
+    def divergence(original: torch.Tensor, changed: torch.Tensor, batch: Batch) -> list[float]:
+        return of.divergence.between(original, changed).tolist()
+
+    check_mean(table("kl", narrow), plain_loop(narrow, divergence))
+    assert (table("kl", narrow).values > table("kl", of).values).all()
+
+
 def test_kl_is_the_divergence_computed_position_by_position() -> None:
     of = make("decoder")
 
@@ -116,6 +128,15 @@ def test_loss_is_the_increase_of_the_loss_of_whole_passes_bit_for_bit(name: str)
     found = table("loss", of)
     check_mean(found, plain_loop(of, increase))
     assert (found.values < 0).any()  # the sign is kept
+
+
+def test_loss_of_a_batch_cut_in_halves_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make("mlp")
+    whole = table("loss", of)
+    monkeypatch.setattr("sensitivity.prefix._HELD_BYTES", 200)
+    halves = table("loss", of)
+    np.testing.assert_allclose(halves.values, whole.values, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(halves.stderr, whole.stderr, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
