@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpq.additivity import Additivity, additivity
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
 from mpq.core.layers import LayerGraph
@@ -35,12 +36,15 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(_coverage_line(store.graph(run_id)))
     if not view["chosen"]:
         return
-    problem = store.problem(run_id, with_responses=False)
+    problem = store.problem(run_id)
     solution = dict(store.solutions(run_id))[CHOSEN]
+    assert solution.allocation is not None
     console.print(_units_table(store.graph(run_id), problem, solution.allocation))
     console.print(_budget_table(problem, solution))
     told = [e for e in store.evaluations(run_id) if not e.candidate.startswith("random ")]
     console.print(_measured_table(problem.with_budgets(solution.budgets), told))
+    for line in _additivity_lines(additivity(problem, solution.allocation, told, strongest=3)):
+        console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
 
@@ -179,6 +183,21 @@ def _referee_view(report: RefereeReport) -> dict[str, Any]:
         verdict["regrets"] = [_finite(regret) for regret in verdict["regrets"]]
     view["best"] = [_finite(value) for value in report.best]
     return view
+
+
+def _additivity_lines(found: Additivity) -> list[str]:
+    """Return what the parts add up to, and the pairs that matter most, one a line."""
+    told = [f"sum of parts {found.parts:.5g}"]
+    if found.with_pairs is not None:
+        told.append(f"with pairs {found.with_pairs:.5g}")
+    if found.measured is not None:
+        told.append(f"measured {found.measured:.5g} ± {found.stderr:.2g}")
+    pairs = [
+        f"  {'reinforce' if pair.effect > 0 else 'cancel'} {pair.effect:+.2e}: "
+        f"{pair.first} and {pair.second}"
+        for pair in found.pairs
+    ]
+    return [", ".join(told), *pairs]
 
 
 def _finite(value: float) -> float | None:

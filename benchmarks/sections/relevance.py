@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.sketch import make_workload, one_at_a_time, ranks
+from benchmarks.sections.sketch import make_workload, one_at_a_time, ranks
 from mpq.choices import make_cells, parse_schemes
 from mpq.nn.batches import cut
 from mpq.nn.patch import evaluating, frozen

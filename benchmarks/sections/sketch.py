@@ -2,7 +2,7 @@
 
 Truth: KL to the original with one unit in one scheme at a time, all other units untouched. Both
 are timed batch by batch in turn, in processor seconds of one thread; the ratio is the median over
-batches. Run: python benchmarks/sketch.py [digits_resnet20 digits_vit minilm]
+batches. Run: python -m benchmarks.sections.sketch [digits_resnet20 digits_vit minilm]
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,10 +93,10 @@ def compare(name: str, num_batches: int = 4) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(names: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     print("example           cells  Spearman  sketch s  one at a time s  times faster")
-    for name in sys.argv[1:] or ["digits_resnet20", "digits_vit"]:
+    for name in names or ["digits_resnet20", "digits_vit", "minilm"]:
         row = compare(name)
         print(
             f"{name:16} {row['cells']:6} {row['spearman']:9.4f} {row['sketch_s']:9.2f} "
@@ -107,5 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    main()
+    main(sys.argv[1:])
