@@ -145,9 +145,9 @@ def make_workload(
 def _qualities(spec: JobSpec, given: Given) -> dict[str, Quality]:
     """Return what every candidate is measured by: the job's qualities, and those only limited."""
     limited = {Limit.parse(text).metric: text for text in spec.limits}
-    for metric in limited.keys() - given.quality.keys() - QUALITIES.keys():
-        if given.evaluate is None:
-            error = unknown("metric", metric, {*given.quality, *QUALITIES})
+    for metric in limited.keys() - spec.quality.keys() - QUALITIES.keys():
+        if spec.evaluate is None:
+            error = unknown("metric", metric, {*spec.quality, *QUALITIES})
             raise InvalidInputError(
                 "limit", f"limit {limited[metric]!r}: {error} (and what evaluate=... returns)"
             )

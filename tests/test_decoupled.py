@@ -165,6 +165,16 @@ def test_auto_groups_find_the_quality_that_each_unit_moves(store: Store) -> None
     }
 
 
+def test_auto_groups_see_neither_the_unit_of_a_quality_nor_one_huge_layer() -> None:
+    of = cells(5)
+    of_a = 1e4 * np.array([9.0, 8.0, 1.0, 2.0, 1e6]).repeat(3)
+    of_b = np.array([1.0, 2.0, 7.0, 9.0, 3.0]).repeat(3)
+    assert groups_by_effect({"a": table(of, of_a), "b": table(of, of_b)}) == {
+        "a": ["unit0", "unit1", "unit4"],
+        "b": ["unit2", "unit3"],
+    }
+
+
 def test_auto_groups_leave_out_a_quality_that_nothing_prefers() -> None:
     of = cells(2)
     strong, none = np.arange(1.0, 7.0), np.zeros(6)
