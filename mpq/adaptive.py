@@ -52,7 +52,9 @@ class EnoughScores:
         """Tell whether scores of the first `num_samples` calibration samples are enough."""
         if num_samples < _LEAST_SAMPLES:
             return False
-        problem = Problem(sensitivity=scores.sensitivity, costs=self.costs, budgets=self.budgets)
+        problem = Problem(
+            sensitivity=scores.sensitivity.clamped(), costs=self.costs, budgets=self.budgets
+        )
         allocation = solve(problem, "ilp").allocation
         if allocation is None:
             return False  # whoever solves for good says why

@@ -132,7 +132,7 @@ def optimum(
     table: SensitivityTable, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
 ) -> Allocation:
     """Return the allocation of least additive score; raises InfeasibleError where none fits."""
-    problem = Problem(sensitivity=table, costs=costs, budgets=tuple(budgets))
+    problem = Problem(sensitivity=table.clamped(), costs=costs, budgets=tuple(budgets))
     solution = solve(problem, "ilp")
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.message)

@@ -238,7 +238,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     with_metrics = needs_metrics(workers, limits, run_id)
     scores, others = _score(spec, prepared)
     problem = Problem(
-        sensitivity=scores.sensitivity,
+        sensitivity=scores.sensitivity.clamped(),
         costs=prepared.costs,
         budgets=prepared.budgets,
         responses=scores.responses,

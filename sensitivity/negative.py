@@ -13,7 +13,7 @@ _NAMED = 5
 
 
 def warn_of_negative(table: SensitivityTable) -> None:
-    """Warn, naming the units, where scores are negative; they stay as they are."""
+    """Warn, naming the units, where scores are negative; the table keeps them as they are."""
     cells = table.cells
     below = np.flatnonzero(table.values < 0)
     numbers = np.unique(np.searchsorted(cells.offsets, below, "right") - 1)
@@ -21,8 +21,8 @@ def warn_of_negative(table: SensitivityTable) -> None:
     if units:
         more = ", ..." if len(units) > _NAMED else ""
         warnings.warn(
-            f"{table.metric} is negative for {len(units)} of {len(cells.units)} units, so they "
-            f"count as better the coarser their format: {', '.join(units[:_NAMED])}{more}; "
+            f"{table.metric} is negative for {len(units)} of {len(cells.units)} units, which "
+            f"count as free where a choice is made: {', '.join(units[:_NAMED])}{more}; "
             f"metric='gauss_newton' is never negative",
             MpqWarning,
             stacklevel=3,

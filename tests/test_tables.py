@@ -272,3 +272,13 @@ def test_responses_restrict_with_the_cells() -> None:
     found = Responses(cells=full, vectors=noise(4, 2, 2))
     part = found.restrict(*full.restrict({"a": [parse_scheme("int8")]}))
     np.testing.assert_array_equal(part.vectors, found.vectors[[1, 2, 3]])
+
+
+def test_a_clamped_table_has_no_negative_values_and_the_same_errors() -> None:
+    of = cells(2)
+    table = sensitivity(of, np.array([-1.0, 0.5, 0.0, 2.0, -3.0, 1.0]))
+    found = table.clamped()
+    np.testing.assert_array_equal(found.values, [0, 0.5, 0, 2, 0, 1])
+    np.testing.assert_array_equal(found.stderr, table.stderr)
+    assert (found.metric, found.cells) == (table.metric, table.cells)
+    assert table.values[0] == -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -166,6 +166,14 @@ class SensitivityTable:
 
     def __getitem__(self, cell: Cell) -> float:
         return float(self.values[self.cells.index(cell)])
+
+    def clamped(self) -> SensitivityTable:
+        """Return the table with negative values at zero, for solving: no format is a gain.
+
+        A Hessian trace or a measured loss can be negative; a choice that lives on that is an
+        artefact of curvature or noise.
+        """
+        return replace(self, values=np.maximum(self.values, 0.0))
 
     def restrict(self, cells: Cells, numbers: Indices) -> SensitivityTable:
         """Return the table over fewer cells (see `Cells.restrict`)."""

@@ -162,10 +162,10 @@ def responses(session: Session, run_id: str, read: CellReader) -> Responses | No
 
 
 def problem(session: Session, run_id: str, with_responses: bool) -> Problem:
-    """Return the tables of a run as a problem without budgets."""
+    """Return the tables of a run as a problem without budgets; negative scores are at zero."""
     read = CellReader()
     return Problem(
-        sensitivity=sensitivity(session, run_id, None, read),
+        sensitivity=sensitivity(session, run_id, None, read).clamped(),
         costs=costs(session, run_id, read),
         budgets=(),
         responses=responses(session, run_id, read) if with_responses else None,
