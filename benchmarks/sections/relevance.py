@@ -57,7 +57,9 @@ def compare(name: str, num_batches: int = 2) -> None:
     workload = dataclasses.replace(full, cells=make_cells(full.graph, lambda layer: schemes))
     if name in FIRST:
         some = cut(full.calibration[0], 0, FIRST[name])
-        workload = dataclasses.replace(workload, calibration=(some,))
+        workload = dataclasses.replace(
+            workload, calibration=(some,), batch_keys=full.batch_keys[:1]
+        )
     error, absorbed = conservation(workload)
     found, seconds = {}, {}
     for metric in (get_metric("lrp"), get_metric("gauss_newton")):
