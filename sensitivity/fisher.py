@@ -14,19 +14,17 @@ the weight gradient of each sample, some of them held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Floats
-from mpq.nn.batches import cut
 from mpq.nn.fingerprint import function_digest
-from mpq.nn.patch import evaluating, frozen
 from mpq.nn.workload import Workload
-from sensitivity.calls import Calls, Part, loss_of, parts, probe_seeds
 from sensitivity.estimators.ghost import weighted_squares
+from sensitivity.local import LocalPart, local
 from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_activations
 from sensitivity.weight_calls import stored_weights
 
@@ -49,43 +47,24 @@ class Fisher:
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return "scores" of (cells, samples)."""
         (number,) = task.part
-        rows = 1 if workload.loss is not None else workload.num_probes
-        with evaluating(workload.model), frozen(workload.model):
-            found = [_scores(workload, part) for part in parts(workload, number, rows)]
-        return {"scores": np.concatenate(found, axis=1)}
+        return {"scores": np.concatenate(local(workload, number, _scores), axis=1)}
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
         """Return the score of every cell; its error, over samples, holds that of probes as well."""
         return Scores(sensitivity=mean_over_samples(self.name, cells, partials))
 
 
-def _scores(workload: Workload, part: Part) -> Floats:
-    with Calls(workload) as calls, torch.enable_grad():
-        output = workload.output(part.number, part.batch)
-        if workload.loss is not None:
-            total = torch.stack(list(_losses(workload, part, output))).sum()
-            gradients = calls.gradients(total, iter([torch.ones_like(total)]))
-        else:
-            head = workload.divergence.head(output)
-            gradients = calls.gradients(head, probe_seeds(workload, part, head))
+def _scores(part: LocalPart) -> Floats:
+    workload = part.workload
     found = np.zeros((len(workload.cells), part.samples))
     for unit, schemes, offset in zip(
         workload.graph.units, workload.cells.schemes, workload.cells.offsets[:-1], strict=True
     ):
         for weight in stored_weights(workload, unit, schemes):
-            used = weight.calls(workload, calls, gradients)
+            used = weight.calls(workload, part.calls, part.gradients)
             changed = [i for i, delta in enumerate(weight.deltas) if delta is not None]
             if used and changed:
                 squared = torch.stack([d.square() for d in weight.deltas if d is not None])
                 scores = weighted_squares(used, squared, part.samples).double().mean(0)
                 found[offset + np.array(changed)] += scores.T.numpy()
     return found
-
-
-def _losses(workload: Workload, part: Part, output: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the user's loss of each sample alone."""
-    for n in range(part.samples):
-        alone = part.samples == 1
-        batch = part.batch if alone else cut(part.batch, n, n + 1)
-        of_sample = Part(part.number, batch, part.first + n, 1)
-        yield loss_of(workload, of_sample, output if alone else output[n : n + 1]).squeeze()

@@ -27,10 +27,11 @@ def batch_tasks(workload: Workload, *setting: object) -> list[Task]:
     """
     cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
     of_all = (setting, workload.key, cells, workload.num_probes, workload.seed)
-    firsts = np.cumsum([0, *(num_samples(batch) for batch in workload.calibration)])
+    counts = [num_samples(batch) for batch in workload.calibration]
+    firsts = np.cumsum([0, *counts])[:-1]
     return [
         Task(digest(of_all, key, int(first)), (number,), round=number.bit_length())
-        for number, (key, first) in enumerate(zip(workload.batch_keys, firsts, strict=False))
+        for number, (key, first) in enumerate(zip(workload.batch_keys, firsts, strict=True))
     ]
 
 
