@@ -16,10 +16,10 @@ from solvers import solve
 
 Enough = Callable[[Scores, float], bool]
 
-_LEAST_SAMPLES = 16  # with fewer the error bars themselves are guesses
+_LEAST_SAMPLES = 32  # with fewer the error bars themselves are guesses
 _DRAWS = 20
 _MAY_FAIL = 1  # of the draws: settled in at least 95 % of them
-_SMALL_SHARE = 0.01  # of the score: a regret that nobody would score longer for
+_SMALL_SHARE = 0.05  # of the score, which predicts no better than that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +31,15 @@ class EnoughScores:
     - a number p: the standard error of the score of the additive optimum is at most p times that
       score.
     - "settled": the choice is. The scores are drawn 20 times within their error bars; the optimum
-      of the scores as they are may lose more than 1 % of the score against the optimum of the
+      of the scores as they are may lose more than 5 % of the score against the optimum of the
       draw in at most one of them.
 
     A draw of a metric with responses is a bootstrap over the calibration samples, so what errors
     of different cells have in common is kept; else it is normal and independent for each cell,
-    which is careful, as common errors would move no choice. Without responses the standard error
+    which is careful: errors that cells share would cancel. Without responses the standard error
     of a score is the sum of those of its cells, an upper bound.
 
-    Assumes that batches come in no order that matters. Nothing is enough before 16 samples. Cost:
+    Assumes that batches come in no order that matters. Nothing is enough before 32 samples. Cost:
     one exact solution of the additive problem, for "settled" up to 21.
     """
 

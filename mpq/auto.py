@@ -20,7 +20,16 @@ from sensitivity import METRICS, get_metric
 from solvers import solve
 
 AUTO = "auto"
-ALWAYS = "gauss_newton"
+_CHEAP_FIRST = (
+    "gauss_newton",
+    "weight_error",
+    "taylor",
+    "fisher",
+    "lrp",
+    "mixllm",
+    "autoquantize",
+    "kl",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +50,9 @@ class PickedMetric:
 
 
 def known_metrics() -> list[str]:
-    """Return all metrics, the one that is always scored first."""
-    return [ALWAYS, *(name for name in METRICS if name != ALWAYS)]
+    """Return all metrics, those that are known to be cheap first."""
+    cheap = [name for name in _CHEAP_FIRST if name in METRICS]
+    return [*cheap, *(name for name in METRICS if name not in cheap)]
 
 
 def pick_metric(
@@ -83,33 +93,28 @@ def pick_metric(
 def score_all(
     workers: Workers, names: Sequence[str], seconds: float, enough: Enough | None = None
 ) -> Scored:
-    """Score by the first metric, and by those of the others that fit into `seconds`.
+    """Score by the first metric that can, and by those after it that fit into `seconds`.
 
-    One task of each is timed; they are scored from the cheapest to the dearest as long as the
-    time of its task times the number of its tasks is left (as if there were one worker). Tasks
-    that were done before cost nothing. Raises what the first metric raises where no metric can
-    score these cells.
+    One task of a metric is timed; it is scored if that time is left for each of its tasks (as if
+    there were one worker), so the time is exceeded by one task at most. Tasks that were done
+    before cost nothing. Raises what the first metric raises where none can score these cells.
     """
     deadline = time.monotonic() + seconds
     refused: dict[str, MpqError | str] = {}
-    expected: dict[str, float] = {}
     scores: dict[str, Scores] = {}
     for name in names:
-        if expected and time.monotonic() > deadline:
-            refused[name] = f"not tried: the {seconds:g} s were over"
+        if scores and time.monotonic() > deadline:
+            refused[name] = f"not tried: the {seconds:g} s are over"
             continue
         try:
-            expected[name] = _seconds_left(workers, name)
-        except (InvalidInputError, RunFailedError) as error:
-            refused[name] = error
-    for name in sorted(expected, key=lambda name: (name != names[0], expected[name])):
-        left = max(0.0, deadline - time.monotonic())
-        if scores and expected[name] > left:
-            needs = f"would take about {expected[name]:.0f} s more"
-            refused[name] = f"{needs}, {left:.0f} s of {seconds:g} s are left"
-            continue
-        try:
-            scores[name] = score(workers, name, enough)
+            needed = _seconds_left(workers, name) if scores else 0.0
+            left = max(0.0, deadline - time.monotonic())
+            if needed <= left or not scores:
+                scores[name] = score(workers, name, enough)
+            else:
+                refused[name] = (
+                    f"would take about {needed:.0f} s more, {left:.0f} s of {seconds:g} s are left"
+                )
         except (InvalidInputError, RunFailedError) as error:
             refused[name] = error
     if not scores:

@@ -62,7 +62,7 @@ def asking(of: Cells, limit: float, precision: Any, seed: int = 0) -> EnoughScor
 
 
 def slow_is_settled(scores: Scores, limit: float, seed: int) -> bool:
-    """Try every allocation in each draw: the choice may lose over 1 % in one of 20."""
+    """Try every allocation in each draw: the choice may lose over 5 % in one of 20."""
     of = scores.sensitivity.cells
     memory = cost(of).values
     choices = [
@@ -75,7 +75,7 @@ def slow_is_settled(scores: Scores, limit: float, seed: int) -> bool:
     failed = 0
     for draw in drawn(scores, 20, seed):
         least = min(draw[c].sum() for c in choices)
-        failed += draw[chosen].sum() - least > 0.01 * abs(least)
+        failed += draw[chosen].sum() - least > 0.05 * abs(least)
     return failed <= 1
 
 
@@ -84,9 +84,9 @@ def test_settled_is_what_trying_every_allocation_says(with_responses: bool) -> N
     generator = np.random.default_rng(1)
     of = cells(3)
     answers = []
-    for trial in range(60):
+    for trial in range(40):
         values = np.sort(generator.exponential(size=(3, 3)), axis=1)[:, ::-1].ravel()
-        noise = 10.0 ** generator.uniform(-3, 0)
+        noise = 10.0 ** generator.uniform(-1.5, 0.5)
         if with_responses:
             shape = (len(of), 24, 2)
             spread = 1 + noise * generator.standard_normal(shape)
@@ -97,7 +97,7 @@ def test_settled_is_what_trying_every_allocation_says(with_responses: bool) -> N
         expected = slow_is_settled(scores, limit, seed=trial)
         assert asking(of, limit, "settled", trial)(scores, SAMPLES) == expected
         answers.append(expected)
-    assert 5 < sum(answers) < 55  # both answers were tried
+    assert 5 < sum(answers) < 35  # both answers were tried
 
 
 def test_a_precise_score_is_enough_and_a_wide_one_is_not() -> None:
@@ -113,7 +113,7 @@ def test_few_samples_are_never_enough() -> None:
     exact = made_scores(of, np.arange(9, 0, -1.0), 0.0)
     for precision in ("settled", 0.5):
         ask = asking(of, 20.0, precision)
-        assert [ask(exact, samples) for samples in (1, 15, 16)] == [False, False, True]
+        assert [ask(exact, samples) for samples in (1, 31, 32)] == [False, False, True]
 
 
 def test_scores_that_nothing_fits_are_not_enough() -> None:
@@ -283,8 +283,8 @@ class Parallel(nn.Module):
         return sum(share * layer(part) for layer, part, share in inputs)
 
 
-def search(store: Store, share: float, precision: Any) -> mpq.SearchResult:
-    generator = torch.Generator().manual_seed(1)
+def search(store: Store, share: float, precision: Any, seed: int = 1) -> mpq.SearchResult:
+    generator = torch.Generator().manual_seed(seed)
     return mpq.search(
         Parallel(share).eval(),
         [torch.randn(16, 24, generator=generator) for _ in range(8)],
@@ -314,7 +314,11 @@ def test_a_clear_choice_ends_scoring_early(store: Store, precision: Any) -> None
 
 @pytest.mark.parametrize("precision", ["settled", 0.001])
 def test_ties_between_many_layers_are_scored_to_the_end(store: Store, precision: Any) -> None:
-    result = search(store, 1.0, precision)
-    assert sorted(map(str, result.allocation.values())) == ["int2"] * 3 + ["int8"] * 3
-    assert scored_samples(result) == 128
-    assert not [e for e in store.events(result.run_id) if e.kind == "precision"]
+    in_full = 0
+    for seed in range(4):  # chance can tell equal layers apart, but rarely
+        result = search(store, 1.0, precision, seed)
+        assert sorted(map(str, result.allocation.values())) == ["int2"] * 3 + ["int8"] * 3
+        ended = [e for e in store.events(result.run_id) if e.kind == "precision"]
+        assert (scored_samples(result) < 128) == bool(ended)
+        in_full += not ended
+    assert in_full >= 3
