@@ -37,7 +37,7 @@ def choose(
     as_candidate = partial(_on_calibration, with_metrics=with_metrics)
     evaluations = measured([as_candidate(proposal) for proposal in proposals])
     criterion = _criterion(spec, proposals, evaluations)
-    if spec.solver == "auto" and spec.refine and problem.responses is not None:
+    if spec.solver == "auto" and spec.refine:
         first = best(proposals, evaluations, replace(criterion, limits=()))
         for proposal, evaluation in refine(
             problem,
