@@ -28,7 +28,11 @@ _CHEAP_FIRST = (
     "lrp",
     "mixllm",
     "autoquantize",
+    "gauss_newton_trace",
     "kl",
+    "sqnr",
+    "loss",
+    "higgs",
 )
 
 
