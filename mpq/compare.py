@@ -33,6 +33,10 @@ from sensitivity import get_metric
 BudgetSetting = str | Budget | Sequence[str | Budget]
 
 _SPREAD = (0.125, 0.25, 0.5)  # of the way from the cheapest to the dearest allocation
+_OF_A_SEARCH = (  # keys of a job that mean nothing here
+    *("metric", "metric_seconds", "precision", "solver", "refine", "held_out", "evaluate"),
+    *("quality", "quality_groups", "limits"),
+)
 _LEAST_ALLOCATIONS = 5  # for a rank correlation with an error bar
 
 
@@ -62,6 +66,9 @@ def compare_metrics(
     """
     if isinstance(budgets, str | Budget) or not budgets:
         raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    for key in _OF_A_SEARCH:
+        if key in job:
+            raise InvalidInputError("job_key", f"compare_metrics makes no use of {key!r}")
     together = [[one] if isinstance(one, str | Budget) else list(one) for one in budgets]
     texts = [[b if isinstance(b, str) else budget_text(b) for b in one] for one in together]
     parsed = [[BudgetText.parse(text) for text in one] for one in texts]

@@ -290,6 +290,7 @@ def test_without_any_metric_the_first_reason_is_raised(store: Store) -> None:
         ({"allocations": 4}, "a whole number from 5 on, got 4"),
         ({"seconds": 0}, "a positive number of seconds, got 0"),
         ({"seconds": math.nan}, "a positive number of seconds, got nan"),
+        ({"metric": "kl"}, "compare_metrics makes no use of 'metric'"),
         ({"clipp": "mse"}, "compare_metrics: unknown job key 'clipp': did you mean 'clip'"),
     ],
 )

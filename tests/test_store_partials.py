@@ -41,6 +41,16 @@ def test_partial_conflict_does_nothing(store: Store) -> None:
     assert_same(found["key"], first)
 
 
+def test_the_seconds_of_a_task_are_those_of_its_first_result(store: Store) -> None:
+    store.put_partial("slow", {"values": np.zeros(1)}, 1.5)
+    store.put_partial("slow", {"values": np.zeros(1)}, 9.0)
+    store.put_partial("fast", {}, 0.25)
+    found = store.partial_seconds(["fast", "missing", "slow", "fast"])
+    assert list(found.items()) == [("fast", 0.25), ("slow", 1.5)]
+    many = [f"key {number}" for number in range(1200)]  # more than a statement's parameters
+    assert store.partial_seconds([*many, "slow"]) == {"slow": 1.5}
+
+
 def test_many_partials_at_once(store: Store) -> None:
     store.put_partial("key-1700", {"x": np.ones(1)}, 0.0)
     assert list(store.partials(f"key-{i}" for i in range(2000))) == ["key-1700"]
