@@ -40,6 +40,7 @@ from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
 from sensitivity import get_metric
 from solvers import get_solver
+from solvers.trust import cross_validated
 from workers import get_executor
 
 
@@ -244,8 +245,11 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         responses=scores.responses,
     )
     store.put_sensitivity(run_id, scores.sensitivity)
-    if scores.responses is not None:
-        store.put_responses(run_id, scores.responses)
+    if problem.responses is not None:
+        problem = cross_validated(problem)
+        assert problem.responses is not None
+        store.put_responses(run_id, problem.responses)
+        store.log(run_id, "pairs", f"pairs of units are trusted by {problem.responses.trust:g}")
     measured = partial(_measure, workers, run_id)
     around = partial(relinearise, workers)
     if spec.quality:

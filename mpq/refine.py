@@ -20,6 +20,7 @@ from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import CostTable, Responses, SensitivityTable
 from solvers import get_solver
+from solvers.trust import cross_validated
 
 Relinearise = Callable[[Allocation], Responses]
 MeasureOne = Callable[[Proposal], Evaluation]
@@ -47,7 +48,7 @@ def refine(
     while len(tried) < steps and region >= 1:
         if responses is None:
             responses = relinearise(best.allocation)
-        nearby = _nearby(problem, best.allocation, responses, region)
+        nearby = cross_validated(_nearby(problem, best.allocation, responses, region))
         solution = get_solver("pairs").solve(nearby)
         if solution.allocation is None or not solution.score < 0:
             break

@@ -17,7 +17,7 @@ from mpq.core.layers import UnitName
 Cell = tuple[UnitName, Scheme]
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-_PAIRS_TRUSTED = 0.75  # measured at 3.0 and 3.5 bits on a CNN and a ViT: better than 1/2 and 1
+PAIRS_TRUSTED = 0.75  # measured at 3.0 and 3.5 bits on a CNN and a ViT: better than 1/2 and 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,12 +293,14 @@ class Responses:
     `vectors[c, n, k]` is u_c of sample n and probe k, so that the predicted loss of a whole
     allocation is 1/2 mean_nk (sum_u u[a(u), n, k])^2: squares are the additive scores, cross
     products tell which units cancel and which reinforce each other. Around an already quantized
-    network each cell also has a `linear` term, which is added.
+    network each cell also has a slope for each sample, which is added. `trust` is how far pairs
+    are believed beyond what shrinkage by their own error leaves of them.
     """
 
     cells: Cells
     vectors: npt.NDArray[np.float32]  # (num_cells, num_samples, num_probes)
-    linear: Floats | None = None  # (num_cells,); None: zero, as around the original network
+    slopes: npt.NDArray[np.float32] | None = None  # (num_cells, num_samples); None: zero
+    trust: float = PAIRS_TRUSTED
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 3 or len(self.vectors) != len(self.cells):
@@ -313,24 +315,42 @@ class Responses:
                 f"responses of {_named(self.cells, bad)} hold NaN or infinity",
             )
         self.vectors.setflags(write=False)
-        if self.linear is not None:
-            object.__setattr__(self, "linear", checked("responses", self.cells, self.linear))
+        if self.slopes is not None:
+            if self.slopes.shape != self.vectors.shape[:2]:
+                raise InvalidInputError(
+                    "table_incomplete",
+                    f"slopes of shape {self.slopes.shape} for responses of {self.vectors.shape}",
+                )
+            checked("slopes", self.cells, self.slopes.sum(axis=1, dtype=np.float64))
 
     def restrict(self, cells: Cells, numbers: Indices) -> Responses:
         """Return the responses of fewer cells (see `Cells.restrict`)."""
-        linear = None if self.linear is None else self.linear[numbers]
-        return Responses(cells=cells, vectors=self.vectors[numbers], linear=linear)
+        slopes = None if self.slopes is None else self.slopes[numbers]
+        return replace(self, cells=cells, vectors=self.vectors[numbers], slopes=slopes)
+
+    def of_samples(self, samples: slice) -> Responses:
+        """Return the responses of some of the samples."""
+        slopes = None if self.slopes is None else self.slopes[:, samples]
+        return replace(self, vectors=self.vectors[:, samples], slopes=slopes)
+
+    def losses(self, choice: npt.ArrayLike) -> Floats:
+        """Return the predicted loss of a choice of cells on each sample, nothing shrunk: unbiased.
+
+        For a choice that these very responses led to it is too low.
+        """
+        chosen = np.asarray(choice, np.int64)
+        together = self.vectors[chosen].sum(axis=0, dtype=np.float64)
+        found: Floats = 0.5 * np.square(together).mean(axis=1)
+        return found if self.slopes is None else found + self.slopes[chosen].sum(axis=0)
 
     def own_scores(self) -> tuple[Floats, Floats]:
-        """Return each own score, linear + 1/2 mean u^2, and the standard error of the square.
-
-        The error is over samples.
-        """
+        """Return each own score, 1/2 mean u^2 plus the slope, and its error over samples."""
         per_sample = 0.5 * np.square(self.vectors, dtype=np.float64).mean(axis=2)
+        if self.slopes is not None:
+            per_sample += self.slopes
         samples = per_sample.shape[1]
         spread = per_sample.std(axis=1, ddof=1) if samples > 1 else np.zeros(len(per_sample))
-        linear = 0.0 if self.linear is None else self.linear
-        return per_sample.mean(axis=1) + linear, spread / np.sqrt(samples)
+        return per_sample.mean(axis=1), spread / np.sqrt(samples)
 
     def interactions(self) -> Floats:
         """Return G with G[i, j] = 1/2 mean_nk u_i u_j, off-diagonals shrunk.
@@ -338,8 +358,8 @@ class Responses:
         The score of an allocation with one-hot x is x^T G x. Each off-diagonal term g with
         standard error s (over samples) is multiplied by max(0, 1 - s^2/g^2), the positive-part
         shrinkage towards "no interaction", because the additive model is right where the
-        sample cannot tell otherwise, and by 3/4: whoever minimises picks the pairs that seem to
-        cancel best, and large changes cancel less than the second order says.
+        sample cannot tell otherwise, and by `trust`: whoever minimises picks the pairs that seem
+        to cancel best, and large changes cancel less than the second order says.
         """
         vectors = self.vectors.astype(np.float64)
         num_cells, samples, probes = vectors.shape
@@ -354,9 +374,9 @@ class Responses:
             keep = np.maximum(0.0, 1.0 - variance / np.maximum(np.square(mean), 1e-300))
         else:
             keep = np.zeros_like(mean)  # one sample carries no error estimate: stay additive
-        keep *= _PAIRS_TRUSTED
+        keep *= self.trust
         np.fill_diagonal(keep, 1.0)
         shrunk: Floats = mean * keep
-        if self.linear is not None:  # x^2 = x for a one-hot x: linear terms lie on the diagonal
-            shrunk[np.diag_indices(num_cells)] += self.linear
+        if self.slopes is not None:  # x^2 = x for a one-hot x: linear terms lie on the diagonal
+            shrunk[np.diag_indices(num_cells)] += self.slopes.mean(axis=1, dtype=np.float64)
         return shrunk

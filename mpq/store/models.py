@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Budget, Infeasibility
+from mpq.core.tables import PAIRS_TRUSTED
 from mpq.store.columns import Json, NanDouble, UtcTime
 
 _OfRun = Annotated[str, mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))]
@@ -133,13 +135,22 @@ class CostCellRow(Base):
     high: Mapped[float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseAxis:
+    """The cells of responses in order, and how far their pairs are trusted."""
+
+    units: tuple[str, ...]
+    schemes: tuple[str, ...]
+    trust: float = PAIRS_TRUSTED
+
+
 class ResponsesRow(Base):
     """The responses of a run: `array` is an .npy file of float32, `cells` its first axis."""
 
     __tablename__ = "responses"
 
     run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
-    cells: Mapped[Mapping[str, tuple[str, ...]]] = mapped_column(Json(dict[str, tuple[str, ...]]))
+    cells: Mapped[ResponseAxis] = mapped_column(Json(ResponseAxis))
     array: Mapped[bytes]
 
 

@@ -13,7 +13,7 @@ from mpq.core.problem import Problem
 from mpq.core.tables import Cells, CostTable, Floats, Responses, SensitivityTable
 from mpq.store.arrays import npy_array, npy_bytes
 from mpq.store.cells import CellText, cell_texts, cells_of
-from mpq.store.models import CostCellRow, CostRow, ResponsesRow, RunRow, ScoreRow
+from mpq.store.models import CostCellRow, CostRow, ResponseAxis, ResponsesRow, RunRow, ScoreRow
 from mpq.store.runs import not_stored
 
 _ROWS_AT_ONCE = 10_000  # a million cells are not a million dicts at once
@@ -141,7 +141,11 @@ def put_responses(session: Session, run_id: str, responses: Responses) -> None:
     session.execute(
         insert(ResponsesRow).values(
             run_id=run_id,
-            cells={"units": [t[0] for t in texts], "schemes": [t[1] for t in texts]},
+            cells=ResponseAxis(
+                units=tuple(t[0] for t in texts),
+                schemes=tuple(t[1] for t in texts),
+                trust=responses.trust,
+            ),
             array=npy_bytes("responses", np.asarray(responses.vectors, np.float32)),
         )
     )
@@ -154,10 +158,12 @@ def responses(session: Session, run_id: str, read: CellReader) -> Responses | No
     ).one_or_none()
     if found is None:
         return None
-    cells, array = found
+    axis, array = found
     vectors = npy_array(f"responses of run {run_id}", array).astype(np.float32, copy=False)
     return Responses(
-        cells=read(zip(cells["units"], cells["schemes"], strict=True)), vectors=vectors
+        cells=read(zip(axis.units, axis.schemes, strict=True)),
+        vectors=vectors,
+        trust=axis.trust,
     )
 
 
