@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpq.core.errors import InvalidInputError
@@ -21,8 +22,9 @@ from mpq.nn.workload import Workload
 from mpq.quality_tables import qualities_digest
 from mpq.tasks import Bench, Split, Workers
 
-_VERSION = 1  # part of every content key: raise it when results change
+_VERSION = 2  # part of every content key: raise it when results change
 _METRIC, _QUALITY = "metric ", "quality "
+_METRICS = -1  # in place of a batch's number: the user's own metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,42 +41,54 @@ class Candidate:
 def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluation]:
     """Return the measurement of each candidate, in order; none is measured twice.
 
-    The divergence is the mean over samples; its standard error is over samples.
+    The divergence is the mean over samples; its standard error is over samples. A task is one
+    batch under one candidate, or the user's metrics of one.
     """
-    work = [(_key(workers.workload, candidate), candidate) for candidate in candidates]
+    workload = workers.workload
+    work = [
+        (_key(workload, candidate, number), (candidate, number))
+        for candidate in candidates
+        for number in _pieces(workload, candidate)
+    ]
     label = f"measuring ({candidates[0].split.replace('_', '-')})"
+    found = iter(workers.finished(label, run_candidate, work))
     return [
-        _evaluation(candidate, workers.workload.divergence.kind, found)
-        for candidate, found in zip(
-            candidates, workers.finished(label, run_candidate, work), strict=True
+        _evaluation(
+            candidate,
+            workload.divergence.kind,
+            [next(found) for _ in _pieces(workload, candidate)],
         )
+        for candidate in candidates
     ]
 
 
-def run_candidate(bench: Bench, candidate: Candidate) -> Partial:
-    """Run a candidate over its split: one forward pass, plus the user's metrics if asked."""
+def _pieces(workload: Workload, candidate: Candidate) -> list[int]:
+    """Return the numbers of a candidate's batches, and -1 for the user's metrics if asked."""
+    batches = {"calibration": workload.calibration, "held_out": workload.held_out}
+    pieces = list(range(len(batches[candidate.split])))
+    return [*pieces, _METRICS] if candidate.with_metrics and workload.evaluate else pieces
+
+
+def run_candidate(bench: Bench, work: tuple[Candidate, int]) -> Partial:
+    """Run one batch under a candidate, a forward pass, or the user's metrics."""
+    candidate, number = work
     started = time.perf_counter()
     workload = bench.workload
-    references = bench.references(candidate.split)
+    reference = None if number == _METRICS else bench.reference(candidate.split, number)
     with (
         evaluating(workload.model),
         torch.no_grad(),
         workload.quantized_as(candidate.allocation) as model,
     ):
-        per_batch = [
-            _compared(workload, batch, reference, call(model, batch))
-            for batch, reference in zip(bench.batches(candidate.split), references, strict=True)
-        ]
-        metrics = (
-            workload.evaluate(model)
-            if candidate.with_metrics and workload.evaluate is not None
-            else {}
-        )
-    return {
-        **{name: torch.cat([of[name] for of in per_batch]).numpy() for name in per_batch[0]},
-        "seconds": np.array(time.perf_counter() - started),
-        **{f"{_METRIC}{name}": np.array(float(value)) for name, value in metrics.items()},
-    }
+        found: dict[str, npt.NDArray[np.generic]] = {}
+        if reference is not None:
+            batch = bench.batches(candidate.split)[number]
+            compared = _compared(workload, batch, reference, call(model, batch))
+            found = {name: values.numpy() for name, values in compared.items()}
+        elif workload.evaluate is not None:
+            metrics = workload.evaluate(model)
+            found = {f"{_METRIC}{name}": np.array(float(v)) for name, v in metrics.items()}
+    return {**found, "seconds": np.array(time.perf_counter() - started)}
 
 
 def _compared(
@@ -89,18 +103,27 @@ def _compared(
     }
 
 
-def _key(workload: Workload, candidate: Candidate) -> str:
+def _key(workload: Workload, candidate: Candidate, number: int) -> str:
+    if number == _METRICS:
+        setting = ("metrics", _VERSION, workload.key, function_digest(workload.evaluate))
+        return digest(setting, candidate.allocation.text())
     batches = {"calibration": workload.batch_keys, "held_out": workload.held_out_keys}
-    evaluate = function_digest(workload.evaluate) if candidate.with_metrics else ""
-    of_split = batches[candidate.split]
     qualities = qualities_digest(workload)
-    setting = ("evaluation", _VERSION, workload.key, of_split, evaluate, qualities)
-    return digest(setting, candidate.allocation.text())
+    of_batch = ("evaluation", _VERSION, workload.key, batches[candidate.split][number], qualities)
+    return digest(of_batch, candidate.allocation.text())
 
 
-def _evaluation(candidate: Candidate, divergence: str, found: Partial) -> Evaluation:
+def _evaluation(candidate: Candidate, divergence: str, pieces: Sequence[Partial]) -> Evaluation:
+    found = {
+        name: np.concatenate([p[name] for p in pieces if name in p])
+        for name in pieces[0]
+        if not name.startswith(_METRIC) and name != "seconds"
+    }
     per_sample = found["per_sample"].astype(np.float64)
     spread = float(per_sample.std(ddof=1)) if len(per_sample) > 1 else 0.0
+    metrics = {
+        name: value for piece in pieces for name, value in piece.items() if name.startswith(_METRIC)
+    }
     return Evaluation(
         candidate=candidate.name,
         split=candidate.split,
@@ -109,8 +132,8 @@ def _evaluation(candidate: Candidate, divergence: str, found: Partial) -> Evalua
         mean=float(per_sample.mean()),
         stderr=spread / len(per_sample) ** 0.5,
         predicted=candidate.predicted,
-        metrics=_metrics(found),
-        seconds=float(found["seconds"].astype(np.float64)),
+        metrics=_metrics({**found, **metrics}),
+        seconds=sum(float(p["seconds"].astype(np.float64)) for p in pieces),
         per_sample=per_sample,
     )
 

@@ -24,25 +24,24 @@ Split = str  # "calibration" | "held_out"
 
 @dataclass(slots=True)
 class Bench:
-    """What a worker holds: the workload, and the original outputs, computed once per split."""
+    """What a worker holds: the workload, and the original outputs, each computed once."""
 
     workload: Workload
-    _references: dict[Split, list[torch.Tensor]] = field(default_factory=dict)
+    _references: dict[tuple[Split, int], torch.Tensor] = field(default_factory=dict)
 
     def batches(self, split: Split) -> tuple[Batch, ...]:
         """Return the batches of a split."""
         of_split = {"calibration": self.workload.calibration, "held_out": self.workload.held_out}
         return of_split[split]
 
-    def references(self, split: Split) -> list[torch.Tensor]:
-        """Return the original network's outputs, one per batch."""
-        if split not in self._references:
+    def reference(self, split: Split, number: int) -> torch.Tensor:
+        """Return the original network's output on one batch."""
+        if (split, number) not in self._references:
+            batch = self.batches(split)[number]
             with evaluating(self.workload.model) as model, torch.no_grad():
-                self._references[split] = [
-                    checked_call(model, batch, f"{split} batch {number}")
-                    for number, batch in enumerate(self.batches(split))
-                ]
-        return self._references[split]
+                output = checked_call(model, batch, f"{split} batch {number}")
+            self._references[split, number] = output
+        return self._references[split, number]
 
 
 @dataclass(frozen=True, slots=True)

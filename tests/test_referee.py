@@ -210,16 +210,19 @@ def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch
 
     real, ran = mpq.evaluate.run_candidate, []
 
-    def counting(bench: Any, candidate: Any) -> Any:
-        ran.append(candidate.name)
-        return real(bench, candidate)
+    def counting(bench: Any, work: Any) -> Any:
+        candidate, number = work
+        ran.append((candidate.name, number))
+        return real(bench, work)
 
     monkeypatch.setattr("mpq.evaluate.run_candidate", counting)
     first = compare(store)
-    assert len(ran) == first.num_measured
+    assert len(ran) == len(set(ran))
+    assert len({name for name, _ in ran}) == first.num_measured
     assert first.num_random > 15
+    before = len(ran)
     second = compare(store)
-    assert len(ran) == first.num_measured
+    assert len(ran) == before
     assert second.verdicts == first.verdicts  # seconds and memory are those of the first time
 
 
