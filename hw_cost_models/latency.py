@@ -72,7 +72,8 @@ class MeasuredLatency:
         is common to all kernels. `fixed` is the fp32 time of layers outside the search that have
         a kernel (nothing else of the network: norms, softmax, attention products), `baseline`
         that of all layers. A layer that is called several times counts with the shape of its
-        first call. Raises InvalidInputError (`no_kernel`) for a cell without a real kernel.
+        first call. Experts that stay as they are count nothing, like all that has no kernel.
+        Raises InvalidInputError (`no_kernel`) for a cell without a real kernel.
         """
         units = _layers_by_unit(graph)
         searched = {layer.name for layers in units.values() for layer in layers}
@@ -81,8 +82,14 @@ class MeasuredLatency:
             for layer in graph.layers
             if layer.name not in searched and layer.calls and kernel_for(layer, _NATIVE)
         ]
-        native = [(la, _NATIVE) for la in (*outside, *(x for ls in units.values() for x in ls))]
-        in_cells = [(layer, scheme) for unit, scheme in cells for layer in units[unit]]
+        inside = (la for layers in units.values() for la in layers if la.kind != "experts")
+        native = [(layer, _NATIVE) for layer in (*outside, *inside)]
+        in_cells = [
+            (layer, scheme)
+            for unit, scheme in cells
+            for layer in units[unit]
+            if not _untimed(layer, scheme)
+        ]
         backend = OnnxRuntime(
             num_threads=self._num_threads, network_weights=_size(graph), seed=self._seed
         )
@@ -106,7 +113,8 @@ class MeasuredLatency:
     def _sum(
         self, backend: OnnxRuntime, layers: Sequence[Layer], scheme: Scheme
     ) -> tuple[float, float, float]:
-        parts = [(self.latencies[backend.case(layer, scheme)], layer.calls) for layer in layers]
+        timed = [layer for layer in layers if not _untimed(layer, scheme)]
+        parts = [(self.latencies[backend.case(layer, scheme)], layer.calls) for layer in timed]
         return (
             sum(calls * latency.median_s for latency, calls in parts),
             sum(calls * latency.low_s for latency, calls in parts),
@@ -141,6 +149,11 @@ class MeasuredLatency:
                 self.latencies[latency.case] = latency
                 if self._save is not None:
                     self._save(latency)
+
+
+def _untimed(layer: Layer, scheme: Scheme) -> bool:
+    """Tell whether a layer stays as it is and has no kernel: no choice changes its time."""
+    return layer.kind == "experts" and scheme.is_native
 
 
 def _half_width(latency: KernelLatency) -> float:

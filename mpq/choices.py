@@ -92,11 +92,11 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"{scheme} does not fit layer {layer.name!r}: {error}; leave the layer out with "
             f"skip=[{layer.name!r}], pin it to another scheme, or use a per-channel format",
         ) from None
-    if layer.kind == "embedding" and not scheme.activations.is_native:
+    if layer.why_weights_only and not scheme.activations.is_native:
         raise InvalidInputError(
             "scheme",
-            f"{scheme} quantizes activations, but embedding {layer.name!r} reads indices: pin it "
-            f"to a weights-only scheme",
+            f"{scheme} quantizes activations, but {layer.kind} {layer.name!r} "
+            f"{layer.why_weights_only}: pin it to a weights-only scheme",
         )
     if (
         scheme.weights.is_native

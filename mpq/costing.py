@@ -9,7 +9,7 @@ from hw_cost_models.measured.capability import default_schemes, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.formats import Format, PerGroup, Scheme, parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
@@ -17,7 +17,15 @@ from mpq.core.tables import Cells, CostTable
 from mpq.progress import Progress
 from mpq.store.store import Store
 
-_WITHOUT_KERNEL = (parse_scheme("int8"),)  # for a layer that has no default scheme
+# For a layer that has no default scheme; of each line the first that fits the weight.
+_WITHOUT_KERNEL = (("int8",),)
+_OF_EXPERTS = (
+    ("fp32",),
+    ("int8g64", "int8g32", "int8g16", "int8"),
+    ("int4g128", "int4g64", "int4"),
+    ("int4g32", "int4g16"),
+    ("int2g32a",),
+)
 _NOTHING = "in none that is not wider than its weights: leave it out with skip"
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
@@ -42,11 +50,14 @@ class Hardware:
         self._progress = progress
 
     def schemes(self, layer: Layer) -> Sequence[Scheme]:
-        """Return what a layer may take."""
-        asked = self._asked or default_schemes(layer) or _WITHOUT_KERNEL
+        """Return what a layer may take; experts stay as they are where nothing else is left."""
+        asked = self._asked or default_schemes(layer) or _without_kernel(layer)
         reasons = {scheme: self._why_not(layer, scheme) for scheme in asked}
         self.left_out += [f"{layer.name}: {reason}" for reason in reasons.values() if reason]
         runs = [scheme for scheme, reason in reasons.items() if not reason]
+        if not runs and layer.kind == "experts":
+            self.left_out.append(f"{layer.name}: nothing asked for is left, it stays as it is")
+            runs = [_native(layer)]
         if not self.times_matter:
             return runs
         if not runs:
@@ -59,8 +70,13 @@ class Hardware:
         return runs
 
     def _why_not(self, layer: Layer, scheme: Scheme) -> str:
-        if layer.kind == "embedding" and not scheme.activations.is_native:
-            return f"{scheme}: an embedding reads indices, there are no activations to quantize"
+        if layer.why_weights_only and not scheme.activations.is_native:
+            return (
+                f"{scheme}: a layer of kind {layer.kind!r} {layer.why_weights_only}, there are no "
+                f"activations to quantize"
+            )
+        if layer.kind == "experts" and scheme == _native(layer):
+            return ""  # its time is outside of all that is measured
         return why_no_kernel(layer, scheme) if self.times_matter else ""
 
     def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
@@ -97,3 +113,21 @@ class Hardware:
             table = model.table(graph, cells)
             listen(1.0)
         return table
+
+
+def _native(layer: Layer) -> Scheme:
+    return parse_scheme(layer.native_family)
+
+
+def _without_kernel(layer: Layer) -> tuple[Scheme, ...]:
+    """Return what is tried of a layer that no kernel here runs."""
+    lines = _OF_EXPERTS if layer.kind == "experts" else _WITHOUT_KERNEL
+    fitting = [[s for s in map(parse_scheme, line) if _fits(layer, s.weights)] for line in lines]
+    return tuple(schemes[0] for schemes in fitting if schemes)
+
+
+def _fits(layer: Layer, weights: Format) -> bool:
+    """Tell whether a format is no wider than the weight, and its groups divide a row."""
+    size = weights.granularity.size if isinstance(weights.granularity, PerGroup) else 1
+    narrow = weights.bits * layer.num_weights <= 8 * layer.weight_bytes
+    return narrow and layer.weight_shape[-1] % size == 0

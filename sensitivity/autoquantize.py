@@ -21,7 +21,7 @@ from mpq.core.tables import Cells
 from mpq.nn.fingerprint import function_digest
 from mpq.nn.workload import Workload
 from sensitivity.local import LocalCall, local_scores
-from sensitivity.tasks import batch_tasks, mean_over_samples
+from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_experts
 
 _VERSION = 1
 
@@ -32,7 +32,11 @@ class AutoQuantize:
     name = "autoquantize"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per batch; its key holds model, data, cells, loss, probes and seed."""
+        """Return one task per batch; its key holds model, data, cells, loss, probes and seed.
+
+        Raises InvalidInputError where experts are searched.
+        """
+        refuse_experts(self.name, workload)
         return batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
 
     def run(self, workload: Workload, task: Task) -> Partial:

@@ -20,6 +20,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
 from mpq.nn.batches import Batch, cut, num_samples, position_mask
 from mpq.nn.patch import evaluating
+from mpq.nn.weights import ExpertWeight, layer_modules
 from mpq.nn.workload import Workload
 
 _HELD_BYTES = 2**30  # of a part: layer inputs, outputs and gradients together
@@ -54,9 +55,10 @@ def _samples_at_once(workload: Workload, number: int, batch: Batch, rows: int) -
     """Return how many samples fit, 1 where a layer's rows are not those of sample 0, then 1, ...
 
     Compares what layers see of the first sample alone with what they see of the first two: a
-    layer may read another axis first (time), or something that all samples share (positions).
+    layer may read another axis first (time), or something that all samples share (positions). The
+    gradient of experts' weights is a sum over samples, so they take one at a time.
     """
-    if num_samples(batch) == 1:
+    if num_samples(batch) == 1 or workload.graph.has_experts:
         return 1
     seen = []
     for count in (1, 2):
@@ -84,19 +86,23 @@ _Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tens
 
 
 class Calls:
-    """A context that remembers inputs and differentiable outputs of every searched layer."""
+    """A context that remembers inputs and differentiable outputs of every searched layer.
+
+    Experts' weights stand for the output of one call: their gradient is that of all their uses.
+    """
 
     def __init__(self, workload: Workload) -> None:
-        modules = dict(workload.model.named_modules())
-        names = [name for unit in workload.graph.units for name in unit.layers]
-        self._modules = {name: modules[name] for name in names}
-        self._inputs: dict[LayerName, list[torch.Tensor]] = {name: [] for name in names}
-        self._outputs: dict[LayerName, list[torch.Tensor]] = {name: [] for name in names}
+        self._modules = layer_modules(workload.model, workload.graph)
+        self._inputs: dict[LayerName, list[torch.Tensor]] = {name: [] for name in self._modules}
+        self._outputs: dict[LayerName, list[torch.Tensor]] = {name: [] for name in self._modules}
         self._handles = ExitStack()
         self.output_bytes = 0
 
     def __enter__(self) -> Calls:
         for name, module in self._modules.items():
+            if isinstance(module, ExpertWeight):
+                self._stand_for(name, module.weight)
+                continue
             # before any hook that quantizes the input: schemes are tried on what arrives
             handle: RemovableHandle = module.register_forward_pre_hook(
                 lambda _, args, name=name: self._inputs[name].append(args[0].detach()),
@@ -108,6 +114,13 @@ class Calls:
 
     def __exit__(self, *_: object) -> None:
         self._handles.close()
+
+    def _stand_for(self, name: LayerName, weight: torch.Tensor) -> None:
+        """Take a parameter for the output of its one call, with gradients for as long."""
+        self._handles.callback(weight.requires_grad_, weight.requires_grad)
+        weight.requires_grad_(True)
+        self._inputs[name].append(weight.new_ones(()).expand(weight.shape))
+        self._outputs[name].append(weight)
 
     def _hook(self, name: LayerName) -> _Hook:
         def remember(

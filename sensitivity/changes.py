@@ -11,6 +11,7 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import Layer
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
+from mpq.nn.weights import weight_of
 from mpq.nn.workload import Workload
 
 _GHOST_ELEMENTS = 2**25  # of weight gradients held at once
@@ -20,7 +21,8 @@ _REPLAY_ELEMENTS = 2**26  # of changed outputs held at once
 class Change:
     """One layer in its base scheme (None: as it is), and what each choice makes of it.
 
-    A choice that leaves the weight and the input as they are changes nothing, exactly.
+    A choice that leaves the weight and the input as they are changes nothing, exactly. The output
+    of experts is their weight (see `Calls`).
     """
 
     def __init__(
@@ -35,9 +37,7 @@ class Change:
         self._choices = choices
         self._base = base
         self._limit = layer.input_range
-        weight = module._parameters["weight"]
-        assert weight is not None
-        own = weight.detach()
+        own = weight_of(module).detach()
 
         def stored(scheme: Scheme) -> torch.Tensor:
             return workload.quantizer.fake_quantize(

@@ -31,6 +31,7 @@ from mpq.core.tables import Cells, Floats
 from mpq.nn.batches import cut, position_mask
 from mpq.nn.patch import evaluating, frozen
 from mpq.nn.replay import replay
+from mpq.nn.weights import layer_modules, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts, probe_seeds
 from sensitivity.estimators.ghost import squared_norms
@@ -85,7 +86,7 @@ def _scores(workload: Workload, part: Part, exact: bool) -> Floats:
         )
         gradients = calls.gradients(head, seeds)
     found = np.zeros((len(workload.cells), part.samples))
-    modules = dict(workload.model.named_modules())
+    modules = layer_modules(workload.model, workload.graph)
     layers = workload.graph.by_name
     for unit, schemes, offset in zip(
         workload.graph.units, workload.cells.schemes, workload.cells.offsets[:-1], strict=True
@@ -127,8 +128,7 @@ def _input_norms(
     module: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, samples: int
 ) -> torch.Tensor:
     """Return the squared norm of the gradients at the layer's input, over rows: (samples,)."""
-    weight = module._parameters["weight"]
-    assert weight is not None
+    weight = weight_of(module)
     x = inputs.clone().requires_grad_()
     total = torch.zeros(samples, dtype=torch.float64)
     with torch.enable_grad():

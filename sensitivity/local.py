@@ -22,6 +22,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.layers import Layer
 from mpq.core.tables import Floats
 from mpq.nn.patch import evaluating, frozen
+from mpq.nn.weights import layer_modules
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Gradients, Part, parts, probe_seeds
 from sensitivity.changes import Change
@@ -60,7 +61,7 @@ class LocalPart:
     def units(self) -> Iterator[list[LocalCall]]:
         """Yield for each unit the calls of its layers that reach the output."""
         layers = self.workload.graph.by_name
-        modules = dict(self.workload.model.named_modules())
+        modules = layer_modules(self.workload.model, self.workload.graph)
         for unit, schemes in zip(
             self.workload.graph.units, self.workload.cells.schemes, strict=True
         ):

@@ -36,7 +36,7 @@ from sensitivity.changes import Change
 from sensitivity.relevance.ledger import Ledger
 from sensitivity.relevance.mode import relevance
 from sensitivity.relevance.rules import CNN, TRANSFORMER, Composite
-from sensitivity.tasks import batch_tasks
+from sensitivity.tasks import batch_tasks, refuse_experts
 
 _VERSION = 1  # part of every content key: raise it when results change
 _TOLD_SHARE = 1e-3  # of the relevance: losses above it are told
@@ -67,7 +67,11 @@ class Lrp:
         self.name = "lrp" if error else "lrp_importance"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per batch; its key holds model, data, cells, divergence and rules."""
+        """Return one task per batch; its key holds model, data, cells, divergence and rules.
+
+        Raises InvalidInputError where experts are searched.
+        """
+        refuse_experts(self.name, workload)
         rules = repr(self._rules(workload))
         return batch_tasks(workload, self.name, _VERSION, workload.divergence.kind, rules)
 

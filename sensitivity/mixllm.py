@@ -27,7 +27,7 @@ from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import function_digest
 from mpq.nn.workload import Workload
 from sensitivity.local import LocalCall, LocalPart, local, local_scores
-from sensitivity.tasks import batch_tasks, mean_over_samples
+from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_experts
 
 _VERSION = 1
 
@@ -38,7 +38,11 @@ class MixLlm:
     name = "mixllm"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per batch; its key holds model, data, cells, loss, probes and seed."""
+        """Return one task per batch; its key holds model, data, cells, loss, probes and seed.
+
+        Raises InvalidInputError where experts are searched.
+        """
+        refuse_experts(self.name, workload)
         return batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
 
     def run(self, workload: Workload, task: Task) -> Partial:
@@ -57,6 +61,7 @@ def channel_scores(workload: Workload) -> Mapping[tuple[LayerName, Scheme], Floa
     Arrays are (channels,), means over all calibration samples. Tied layers are under the first of
     them; a layer that never reaches the output, or a scheme that changes nothing, is left out.
     """
+    refuse_experts("mixllm", workload)
     totals: dict[tuple[LayerName, Scheme], Floats] = {}
     samples = sum(num_samples(batch) for batch in workload.calibration)
 

@@ -29,6 +29,7 @@ import torch
 from mpq.core.problem import Allocation
 from mpq.nn.batches import position_mask
 from mpq.nn.patch import evaluating, frozen
+from mpq.nn.weights import layer_modules
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts, probe_seeds
 from sensitivity.changes import Change
@@ -72,7 +73,7 @@ def _responses(workload: Workload, part: Part, base: Allocation | None) -> Float
         gradients = calls.gradients(head, _seeds(workload, part, original, head))
     rows = workload.num_probes + (base is not None)
     found = np.zeros((len(workload.cells), part.samples, rows), np.float32)
-    modules = dict(workload.model.named_modules())
+    modules = layer_modules(workload.model, workload.graph)
     layers = workload.graph.by_name
     with torch.no_grad():
         for unit, choices, offset in zip(

@@ -16,6 +16,7 @@ from torch import nn
 from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.nn.batches import Batch, checked_call, cut, num_samples
 from mpq.nn.patch import evaluating
+from mpq.nn.weights import layer_module, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.prefix import Prefix, used_elsewhere
 
@@ -173,12 +174,11 @@ class _Passes:
 
 def _holders(workload: Workload, number: int) -> list[nn.Module]:
     """Return the modules that hold a weight of a unit, its layers and others tied to them."""
-    modules = dict(workload.model.named_modules())
-    layers = [modules[name] for name in workload.graph.units[number].layers]
-    weights = {id(module._parameters["weight"]) for module in layers}
+    names = workload.graph.units[number].layers
+    weights = {id(weight_of(layer_module(workload.model, name))) for name in names}
     return [
         module
-        for module in modules.values()
+        for module in workload.model.modules()
         if any(id(parameter) in weights for parameter in module._parameters.values())
     ]
 

@@ -56,6 +56,20 @@ def refuse_activations(metric: str, workload: Workload) -> None:
             )
 
 
+def refuse_experts(metric: str, workload: Workload) -> None:
+    """Raise InvalidInputError where experts are searched: their output is not that of a layer."""
+    named = workload.graph.by_name
+    for unit in workload.graph.units:
+        for name in unit.layers:
+            if named[name].kind == "experts":
+                raise InvalidInputError(
+                    "layer_outputs",
+                    f"{metric} needs the output of every layer, but experts {name!r} are a "
+                    f"parameter that its module uses in its own way: use metric='gauss_newton' or "
+                    f"'kl', or leave it out with skip=[{name!r}]",
+                )
+
+
 def mean_over_samples(metric: str, cells: Cells, partials: Sequence[Partial]) -> SensitivityTable:
     """Return the table of partials "scores" of (cells, samples): the mean and its error."""
     scores = np.concatenate([p["scores"] for p in partials], axis=1).astype(np.float64)

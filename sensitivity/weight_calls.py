@@ -10,6 +10,7 @@ from torch import nn
 
 from mpq.core.formats import Scheme
 from mpq.core.layers import Layer, Unit
+from mpq.nn.weights import layer_module, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Gradients
 from sensitivity.changes import Change
@@ -32,7 +33,7 @@ class StoredWeight:
 
     def calls(self, workload: Workload, calls: Calls, gradients: Gradients) -> list[LayerCall]:
         """Return every call that uses the weight and on which the output depends."""
-        modules = dict(workload.model.named_modules())
+        modules = {name: layer_module(workload.model, name) for name in self.names}
         return [
             (modules[name], inputs, gradient)
             for name in self.names
@@ -46,11 +47,8 @@ def stored_weights(
 ) -> Iterator[StoredWeight]:
     """Yield the weights of a unit, tied ones once."""
     layers = workload.graph.by_name
-    modules = dict(workload.model.named_modules())
     for layer in workload.graph.stored_layers(unit):
         names = tuple(n for n in unit.layers if layers[n].weight_id == layer.weight_id)
-        module = modules[layer.name]
-        parameter = module._parameters["weight"]
-        assert isinstance(parameter, nn.Parameter)
+        module = layer_module(workload.model, layer.name)
         deltas = Change(workload, layer, module, schemes).deltas
-        yield StoredWeight(layer, names, parameter, deltas)
+        yield StoredWeight(layer, names, weight_of(module), deltas)

@@ -237,18 +237,23 @@ def test_a_head_tied_to_an_embedding_is_one_unit_with_it_when_asked() -> None:
     assert len(graph.stored_layers(graph.units[0])) == 1
 
 
-def test_expert_weights_in_a_3d_parameter_are_reported() -> None:
-    graph = build_graph(Experts(), X)
-    found = next(part for part in graph.unsearched if part.name == "experts")
-    assert found.reason == "3-d parameter of Experts: no layer kind that can be searched"
-    assert (found.elements, found.bytes) == (72, 288)
+def test_a_3d_parameter_that_no_matrix_product_reads_is_reported() -> None:
+    model = Experts()
+    model.shift = nn.Parameter(torch.zeros(4, 1, 6))
+    model.forward = lambda x: model.router((x[:, None] + model.shift)[:, 0])  # type: ignore
+    graph = build_graph(model, X)
+    found = {part.name: part for part in graph.unsearched if part.name in ("experts", "shift")}
+    assert {part.reason for part in found.values()} == {
+        "3-d parameter of Experts: no stack of matrices that a product reads"
+    }
+    assert (found["experts"].elements, found["experts"].bytes) == (72, 288)
 
 
 def test_layers_without_weights_are_listed() -> None:
     graph = build_graph(Experts(), X)
     assert {"empty", "narrow"} <= set(graph.by_name)
     assert reasons(graph)["empty.weight"] == reasons(graph)["narrow.weight"] == "it has no weights"
-    assert members(graph) == [("router",)]
+    assert members(graph) == [("router",), ("experts",)]
 
 
 def parts_of(graph: LayerGraph) -> dict[str, int]:

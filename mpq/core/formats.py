@@ -13,6 +13,13 @@ Role = Literal["weights", "activations"]
 
 NATIVE_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
+ChannelAxis = int | tuple[int, ...]  # of several axes each combination is an output channel
+
+
+def channel_axes(axis: ChannelAxis) -> tuple[int, ...]:
+    """Return the axes that count output channels."""
+    return (axis,) if isinstance(axis, int) else axis
+
 
 @dataclass(frozen=True, slots=True)
 class PerTensor:
@@ -54,14 +61,14 @@ class Format:
         """Whether the tensor stays a floating-point tensor without scales."""
         return self.family in NATIVE_BITS
 
-    def num_scales(self, shape: tuple[int, ...], channel_axis: int = 0) -> int:
+    def num_scales(self, shape: tuple[int, ...], channel_axis: ChannelAxis = 0) -> int:
         """Return how many scales a tensor of `shape` needs.
 
         Raises InvalidInputError (`group_size`) where groups do not divide a channel's weights.
         """
         if self.is_native:
             return 0
-        channels = shape[channel_axis]
+        channels = math.prod(shape[axis] for axis in channel_axes(channel_axis))
         per_channel = math.prod(shape) // channels if channels else 0
         match self.granularity:
             case PerTensor():
@@ -77,13 +84,13 @@ class Format:
                     )
                 return channels * (per_channel // size)
 
-    def storage_bits(self, shape: tuple[int, ...], channel_axis: int = 0) -> int:
+    def storage_bits(self, shape: tuple[int, ...], channel_axis: ChannelAxis = 0) -> int:
         """Return the exact bits of a stored tensor: codes, scales and zero points."""
         scales = self.num_scales(shape, channel_axis)
         zero_point_bits = 0 if self.symmetric else self.bits
         return math.prod(shape) * self.bits + scales * (self.scale_bits + zero_point_bits)
 
-    def bits_per_element(self, shape: tuple[int, ...], channel_axis: int = 0) -> float:
+    def bits_per_element(self, shape: tuple[int, ...], channel_axis: ChannelAxis = 0) -> float:
         """Return `storage_bits` divided by the number of elements."""
         return self.storage_bits(shape, channel_axis) / math.prod(shape)
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mpq.core.formats import ChannelAxis
+
 LayerName = str
 UnitName = str
 
@@ -28,17 +30,23 @@ class Convolution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One module that holds a weight.
+    """One module that holds a weight, or one 3-D parameter that holds those of experts.
 
     Shapes are those of its first call on the sample, batch dimension included; `macs` counts
     the multiply-accumulates of all its calls on the whole sample. `order` is the place of the
     first call in the forward pass (-1: never called). `weight_id` is the name of the parameter
     that holds the weight: layers with the same one are tied and stored once. `input_range` is the
     smallest and largest input on calibration data, where a kernel needs a static one.
+    `native_family` is the native format that the weight is in.
+
+    Experts have the name of their parameter. It is a matrix whose rows are all its leading axes:
+    one scale for each row of each expert, groups along the last axis. A call is one matrix product
+    that reads it, `macs` are those that were run (with routing, for the tokens sent to an expert),
+    and the shapes of its input and output are unknown: ().
     """
 
     name: LayerName
-    kind: str  # "linear" | "conv1d" | "conv2d" | "conv_transpose2d" | "embedding"
+    kind: str  # "linear" | "conv1d" | "conv2d" | "conv_transpose2d" | "embedding" | "experts"
     weight_shape: tuple[int, ...]
     weight_id: str
     weight_bytes: int
@@ -49,11 +57,21 @@ class Layer:
     order: int
     convolution: Convolution | None = None
     input_range: tuple[float, float] | None = None
+    native_family: str = "fp32"
 
     @property
-    def channel_axis(self) -> int:
-        """The axis of the weight that counts output channels."""
+    def channel_axis(self) -> ChannelAxis:
+        """The axis of the weight that counts output channels; of experts all but the last."""
+        if self.kind == "experts":
+            return tuple(range(len(self.weight_shape) - 1))
         return 1 if self.kind == "conv_transpose2d" else 0
+
+    @property
+    def why_weights_only(self) -> str:
+        """Why nothing that enters the layer can be quantized, "" where it can."""
+        if self.kind == "embedding":
+            return "reads indices"
+        return "has no input of its own" if self.kind == "experts" else ""
 
     @property
     def num_weights(self) -> int:
@@ -98,6 +116,12 @@ class LayerGraph:
     def by_name(self) -> Mapping[LayerName, Layer]:
         """Layers by name."""
         return {layer.name: layer for layer in self.layers}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether weights of experts are searched."""
+        named = self.by_name
+        return any(named[name].kind == "experts" for unit in self.units for name in unit.layers)
 
     @property
     def input_ranges(self) -> Mapping[LayerName, tuple[float, float]]:

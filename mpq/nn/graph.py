@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,8 +18,10 @@ from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unsearche
 from mpq.core.patterns import matching
 from mpq.nn.batches import Batch, call, describe
 from mpq.nn.patch import evaluating
+from mpq.nn.products import MatrixProducts
 from mpq.nn.replay import replay
 from mpq.nn.units import group_units
+from mpq.nn.weights import ExpertWeight, weight_of
 
 Groups = Literal["auto", "none"] | Sequence[Sequence[str]]
 
@@ -28,7 +31,9 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.Embedding: "embedding",
+    ExpertWeight: "experts",
 }
+_FAMILIES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -46,6 +51,7 @@ class _Trace:
 
     inputs: list[tuple[int, ...]] = field(default_factory=list)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
+    products: list[int] = field(default_factory=list)  # of experts: MACs of each
     order: int = -1
     source: int = -1  # identity of the first input tensor: who reads the same tensor
     returns: str = ""  # the type of an output that is no tensor
@@ -60,10 +66,11 @@ def build_graph(
     groups: Groups = "auto",
     embeddings: bool = False,
 ) -> LayerGraph:
-    """Return the layer graph of `model` as it runs on `sample` (one forward pass).
+    """Return the layer graph of `model` as it runs on `sample` (two forward passes, or three).
 
     `skip` holds layer names or shell patterns that stay out of the search; embeddings, and
-    layers tied to one, stay out unless `embeddings`. Raises InvalidInputError where nothing can
+    layers tied to one, stay out unless `embeddings`. A 3-D parameter of several matrices that
+    matrix products read (experts) is a layer too. Raises InvalidInputError where nothing can
     be quantized, a pattern matches nothing, a searched weight is not finite, or the model is
     already quantized.
     """
@@ -71,6 +78,10 @@ def build_graph(
     modules = {
         name: module for name, module in model.named_modules() if kind_of(module) is not None
     }
+    stacks = _stacks(model, modules)
+    with evaluating(model), torch.no_grad():
+        traces = _trace(model, modules, stacks, sample)
+    modules |= {name: ExpertWeight(stacks[name]) for name in stacks if name in traces}
     if not modules:
         seen = sorted({type(module).__name__ for module in model.modules()})
         raise InvalidInputError(
@@ -78,8 +89,6 @@ def build_graph(
             f"no {', '.join(sorted(set(_KINDS.values())))} layer with a weight in the model; "
             f"module types seen: {', '.join(seen)}",
         )
-    with evaluating(model), torch.no_grad():
-        traces = _trace(model, modules, sample)
     owners = _parameter_names(model)
     layers = {name: _layer(name, module, traces[name], owners) for name, module in modules.items()}
     outside = _unusual(model, traces) | _skipped(layers, skip)
@@ -103,9 +112,26 @@ def build_graph(
     )
 
 
+def _stacks(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the 3-D parameters that hold several matrices and are no module's usual weight."""
+    usual = {id(weight_of(module)) for module in modules.values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and len(parameter) > 1
+        and parameter.is_floating_point()
+        and id(parameter) not in usual
+    }
+
+
 def _trace(
-    model: nn.Module, modules: Mapping[LayerName, nn.Module], sample: Batch
+    model: nn.Module,
+    modules: Mapping[LayerName, nn.Module],
+    stacks: Mapping[str, nn.Parameter],
+    sample: Batch,
 ) -> dict[LayerName, _Trace]:
+    """Return what a pass shows of each module, and of each stack that a matrix product reads."""
     traces = {name: _Trace() for name in modules}
     first_calls: list[LayerName] = []
     alive: list[torch.Tensor] = []  # keeps inputs alive, so that identities stay unique
@@ -132,12 +158,21 @@ def _trace(
 
         return modules[name].register_forward_hook(hook)
 
+    def product(name: LayerName, macs: int) -> None:
+        if name not in traces:
+            traces[name] = _Trace(order=len(first_calls))
+            first_calls.append(name)
+        traces[name].products.append(macs)
+
     handles = [record(name) for name in modules]
     try:
-        first = call(model, sample)
+        with MatrixProducts(stacks, product) if stacks else nullcontext():
+            first = call(model, sample)
     finally:
         for handle in handles:
             handle.remove()
+    if stacks:  # under the context a product may be computed in another way
+        first = call(model, sample)
     _warn_if_not_repeatable(first, call(model, sample))
     return traces
 
@@ -147,10 +182,8 @@ def _computes_as_its_kind(module: nn.Module, inputs: torch.Tensor, output: torch
 
     Subclasses may scale or standardise; scores would be of another layer then.
     """
-    weight = module._parameters["weight"]
     bias = module._parameters.get("bias")
-    assert weight is not None
-    expected = replay(module, inputs, weight, bias)
+    expected = replay(module, inputs, weight_of(module), bias)
     return expected.shape == output.shape and torch.allclose(
         expected.double(), output.double(), rtol=1e-2, atol=1e-4, equal_nan=True
     )
@@ -179,9 +212,8 @@ def _warn_if_not_repeatable(first: torch.Tensor, second: torch.Tensor) -> None:
 
 def _layer(name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[int, str]) -> Layer:
     kind = kind_of(module)
-    weight = module._parameters["weight"]
+    weight = weight_of(module)
     assert kind is not None
-    assert weight is not None
     output = trace.outputs[0] if trace.outputs else ()
     return Layer(
         name=name,
@@ -191,12 +223,12 @@ def _layer(name: LayerName, module: nn.Module, trace: _Trace, owners: Mapping[in
         weight_bytes=weight.numel() * weight.element_size(),
         input_shape=trace.inputs[0] if trace.inputs else (),
         output_shape=output,
-        macs=sum(
-            _macs(kind, weight, i, o) for i, o in zip(trace.inputs, trace.outputs, strict=True)
-        ),
-        calls=len(trace.inputs),
+        macs=sum(trace.products)
+        + sum(_macs(kind, weight, i, o) for i, o in zip(trace.inputs, trace.outputs, strict=True)),
+        calls=len(trace.inputs) + len(trace.products),
         order=trace.order,
         convolution=_convolution(module),
+        native_family=_FAMILIES.get(weight.dtype, "fp32"),
     )
 
 
@@ -299,6 +331,8 @@ def _unsearched(
             return f"buffer of {kinds[owner]}"
         if tensor.ndim == 1:
             return f"{leaf} vector of {kinds[owner]}, kept as it is"
+        if tensor.ndim == 3:
+            return f"3-d parameter of {kinds[owner]}: no stack of matrices that a product reads"
         return f"{tensor.ndim}-d parameter of {kinds[owner]}: no layer kind that can be searched"
 
     persistent = set(model.state_dict(keep_vars=True))
@@ -337,9 +371,7 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 def _refuse_not_finite(modules: Mapping[LayerName, nn.Module]) -> None:
     for name, module in modules.items():
-        weight = module._parameters["weight"]
-        assert weight is not None
-        bad = ~torch.isfinite(weight.detach())
+        bad = ~torch.isfinite(weight_of(module).detach())
         if bad.any():
             first = [int(i) for i in bad.nonzero()[0]]
             raise InvalidInputError(

@@ -13,6 +13,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerName
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
+from mpq.nn.weights import ExpertWeight, channel_axis_of, layer_module, weight_of
 
 ParameterName = str
 Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer inputs
@@ -67,27 +68,27 @@ def quantized(
     on error; a tied weight is replaced wherever it is used. `limits` gives static ranges of
     layer inputs; layers without one quantize dynamically, sample by sample.
     """
-    modules = dict(model.named_modules())
-    missing = [name for name in schemes if name not in modules]
-    if missing:
-        raise InvalidInputError(
-            "other_model", f"this model has no layer {missing[0]!r}: give the one that was searched"
-        )
+    modules = {name: layer_module(model, name) for name in schemes}
     with ExitStack() as restore:
         replaced: dict[int, nn.Parameter] = {}
         quantizer = quantizer or WeightQuantizer()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, scheme in schemes.items():
             module = modules[name]
-            weight = module._parameters["weight"]
-            assert weight is not None
+            weight = weight_of(module)
             if id(weight) not in replaced:
                 own = weight.detach()
-                axis = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+                axis = channel_axis_of(module)
                 stored = quantizer.fake_quantize(names[id(weight)], own, scheme.weights, axis)
                 if stored is not own:
                     replaced[id(weight)] = nn.Parameter(stored, requires_grad=False)
             if not scheme.activations.is_native:
+                if isinstance(module, ExpertWeight):
+                    raise InvalidInputError(
+                        "scheme",
+                        f"{scheme} quantizes activations, but experts {name!r} are a parameter "
+                        f"without an input of its own: give them a weights-only scheme",
+                    )
                 limit = (limits or {}).get(name)
                 restore.callback(_quantize_input(module, scheme, limit).remove)
         restore.enter_context(_replaced(model, replaced))

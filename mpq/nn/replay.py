@@ -8,13 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mpq.nn.weights import ExpertWeight
+
 
 def replay(
     module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the output of `module` on `inputs` with `weight` and `bias` in place of its own.
 
-    Linear in the weight (without bias) for every layer kind, embeddings included.
+    Linear in the weight (without bias) for every layer kind, embeddings included. The output of
+    experts is the weight itself.
     """
     if isinstance(module, nn.Linear):
         return F.linear(inputs, weight, bias)
@@ -32,4 +35,6 @@ def replay(
             "dilation": module.dilation,
         }
         return F.conv_transpose2d(inputs, weight, bias, **geometry)
+    if isinstance(module, ExpertWeight):
+        return weight
     raise TypeError(f"no replay of {type(module).__name__}")

@@ -31,7 +31,8 @@ def group_units(
 ) -> tuple[Unit, ...]:
     """Return units that partition `layers`, in the order of their first layer.
 
-    `sources[name]` identifies the tensor that a layer reads. Tied layers always share a unit;
+    `sources[name]` identifies the tensor that a layer reads, -1 where it is not known (experts,
+    whose siblings are taken to read the same). Tied layers always share a unit;
     "auto" adds fused projections; a list of lists of names or patterns adds those groups too
     (to "auto"), "none" adds nothing.
     """
@@ -71,7 +72,7 @@ def _fused(
             for leaves in name_sets:
                 readers: dict[int, list[LayerName]] = {}  # cross-attention: k and v only
                 for leaf in leaves:
-                    if leaf in children and children[leaf].kind == "linear":
+                    if leaf in children and children[leaf].kind in ("linear", "experts"):
                         name = children[leaf].name
                         readers.setdefault(sources[name], []).append(name)
                 found += [(names, reason) for names in readers.values() if len(names) > 1]

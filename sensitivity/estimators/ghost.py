@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mpq.nn.weights import ExpertWeight, weight_of
+
 _ELEMENTS = 2**25  # of everything held at once
 
 LayerCall = tuple[nn.Module, torch.Tensor, torch.Tensor]
@@ -72,8 +74,7 @@ def summed_squares(calls: Sequence[LayerCall], samples: int) -> torch.Tensor:
     Divided by the number of samples it is the diagonal of the Fisher matrix (row by row).
     """
     module, _, gradient = calls[0]
-    weight = module._parameters["weight"]
-    assert weight is not None
+    weight = weight_of(module)
     total = torch.zeros(())
     for factors in _chunks(calls, samples):
         if factors.positions == 1:
@@ -155,8 +156,7 @@ def _elements_of_sample(calls: Sequence[LayerCall], samples: int) -> int:
     """Return about how many elements the factors and the gradients of a sample have."""
     elements = 0
     for module, inputs, gradient in calls:
-        weight = module._parameters["weight"]
-        assert weight is not None
+        weight = weight_of(module)
         taps = weight[0, 0].numel()
         unfolded = gradient if isinstance(module, nn.ConvTranspose2d) else inputs
         if isinstance(module, nn.Embedding):  # one-hot words
@@ -185,6 +185,8 @@ def _factors(
         words = inputs.reshape(samples, 1, 1, -1)
         one_hot = F.one_hot(words, module.num_embeddings).to(g).transpose(-1, -2)
         return _Factors(one_hot, _rows_inside(g, rows, samples))
+    if isinstance(module, ExpertWeight):  # of one sample: the gradient itself, times an input of 1
+        return _Factors(g.reshape(1, 1, rows, -1, 1), g.new_ones(1, 1, 1, 1, 1))
     x = inputs.to(g)
     if isinstance(module, nn.Linear):
         b = x.reshape(samples, 1, 1, -1, x.shape[-1]).transpose(-1, -2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mpq.core.formats import Format
+from mpq.core.formats import ChannelAxis, Format
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.integer import (
     IntegerWeight,
@@ -33,7 +33,7 @@ class WeightQuantizer:
     ranges: dict[tuple[str, Format], Range] = field(default_factory=dict)
 
     def store(
-        self, name: str, weight: torch.Tensor, fmt: Format, channel_axis: int = 0
+        self, name: str, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0
     ) -> IntegerWeight:
         """Return codes and scales of the parameter `name` in an integer format."""
         key = (name, fmt)
@@ -42,7 +42,7 @@ class WeightQuantizer:
         return quantize_weight(weight, fmt, channel_axis, self.ranges.get(key))
 
     def fake_quantize(
-        self, name: str, weight: torch.Tensor, fmt: Format, channel_axis: int = 0
+        self, name: str, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0
     ) -> torch.Tensor:
         """Return the parameter `name` as it reads back from `fmt`, in its own dtype."""
         if fmt.is_native:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpq.core.formats import Format, PerChannel, PerGroup
+from mpq.core.formats import ChannelAxis, Format, PerChannel, PerGroup, channel_axes
 
 _SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
 _LARGEST_SCALE = 65504.0
@@ -30,7 +30,7 @@ class IntegerWeight:
     zero_points: torch.Tensor | None  # int16, (rows, 1); None: symmetric
     fmt: Format
     shape: tuple[int, ...]
-    channel_axis: int
+    channel_axis: ChannelAxis
 
     def dequantize(self) -> torch.Tensor:
         """Return the float32 weight that the codes stand for, in the original shape."""
@@ -39,7 +39,7 @@ class IntegerWeight:
 
 
 def quantize_weight(
-    weight: torch.Tensor, fmt: Format, channel_axis: int = 0, limits: Range | None = None
+    weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0, limits: Range | None = None
 ) -> IntegerWeight:
     """Round `weight` to `fmt`, within `limits` of each row or else its smallest and largest value.
 
@@ -55,7 +55,7 @@ def quantize_weight(
     return IntegerWeight(codes.to(torch.int16), scales, zero_points, fmt, shape, channel_axis)
 
 
-def clip_range(weight: torch.Tensor, fmt: Format, channel_axis: int = 0) -> Range:
+def clip_range(weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0) -> Range:
     """Return the range of each row with the least squared rounding error ("MSE clip").
 
     The smallest and largest value are shrunk together: 9 factors from 1.0 to 0.2, then four
@@ -72,8 +72,9 @@ def clip_range(weight: torch.Tensor, fmt: Format, channel_axis: int = 0) -> Rang
 _Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
-def _grouped(weight: torch.Tensor, fmt: Format, channel_axis: int) -> torch.Tensor:
-    by_channel = weight.movedim(channel_axis, 0)
+def _grouped(weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis) -> torch.Tensor:
+    axes = channel_axes(channel_axis)
+    by_channel = weight.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
     match fmt.granularity:
         case PerChannel():
             return by_channel.reshape(by_channel.shape[0], -1)
@@ -83,9 +84,12 @@ def _grouped(weight: torch.Tensor, fmt: Format, channel_axis: int) -> torch.Tens
             return by_channel.reshape(1, -1)
 
 
-def _ungrouped(rows: torch.Tensor, shape: tuple[int, ...], channel_axis: int) -> torch.Tensor:
-    moved = (shape[channel_axis], *shape[:channel_axis], *shape[channel_axis + 1 :])
-    return rows.reshape(moved).movedim(0, channel_axis).contiguous()
+def _ungrouped(
+    rows: torch.Tensor, shape: tuple[int, ...], channel_axis: ChannelAxis
+) -> torch.Tensor:
+    axes = channel_axes(channel_axis)
+    moved = [*(shape[a] for a in axes), *(n for a, n in enumerate(shape) if a not in axes)]
+    return rows.reshape(moved).movedim(tuple(range(len(axes))), axes).contiguous()
 
 
 def _range(rows: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
