@@ -55,10 +55,10 @@ def _samples_at_once(workload: Workload, number: int, batch: Batch, rows: int) -
     """Return how many samples fit, 1 where a layer's rows are not those of sample 0, then 1, ...
 
     Compares what layers see of the first sample alone with what they see of the first two: a
-    layer may read another axis first (time), or something that all samples share (positions). The
-    gradient of experts' weights is a sum over samples, so they take one at a time.
+    layer may read another axis first (time), or something that all samples share (positions; what
+    stands for the input of experts, whose gradient is a sum over samples).
     """
-    if num_samples(batch) == 1 or workload.graph.has_experts:
+    if num_samples(batch) == 1:
         return 1
     seen = []
     for count in (1, 2):

@@ -415,7 +415,9 @@ def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:hessian_.* is negative")  # so is this network's curvature
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_scores_experts_or_says_what_to_use(name: str) -> None:
-    of = moe_workload(network(), batches(), loss=loss)
+    model = network()
+    model.moe.down.requires_grad_(False)  # must come back so
+    of = moe_workload(model, batches(), loss=loss)
     scores = metric_contract(get_metric(name), of)
     assert (scores is None) == (name in REFUSED)
     if scores is None:
@@ -515,6 +517,24 @@ def test_one_cell_at_a_time_is_what_whole_passes_measure(make: Callable[[], nn.M
                 per_sample.append(OutputDivergence("kl").between(original, changed))
             mean = float(torch.cat(per_sample).mean())
             assert found[number] == pytest.approx(mean, rel=1e-12)
+
+
+def test_what_precedes_the_experts_is_not_run_again_for_them() -> None:
+    runs: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            runs.append(len(x))
+            return super().forward(x)
+
+    model = network()
+    model.stem = Counted(6, 4)
+    of = moe_workload(model, batches(1))
+    runs.clear()
+    of_metric("kl", of)
+    lossy_stem = sum(scheme.weights.bits < 32 for scheme in of.cells.schemes[0])
+    others = sum(str(scheme) != "fp32" for _, scheme in of.cells) - lossy_stem
+    assert lossy_stem < sum(size > 1 for size in runs) < lossy_stem + others
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

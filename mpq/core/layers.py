@@ -118,12 +118,6 @@ class LayerGraph:
         return {layer.name: layer for layer in self.layers}
 
     @property
-    def has_experts(self) -> bool:
-        """Whether weights of experts are searched."""
-        named = self.by_name
-        return any(named[name].kind == "experts" for unit in self.units for name in unit.layers)
-
-    @property
     def input_ranges(self) -> Mapping[LayerName, tuple[float, float]]:
         """Calibrated input ranges of the layers that have one."""
         ranges = {layer.name: layer.input_range for layer in self.layers}
