@@ -11,7 +11,7 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import Layer
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
-from mpq.nn.weights import weight_of
+from mpq.nn.weights import ExpertWeight, weight_of
 from mpq.nn.workload import Workload
 
 _GHOST_ELEMENTS = 2**25  # of weight gradients held at once
@@ -75,6 +75,11 @@ class Change:
         """Return <gradient_k, change_c> for each sample: (choices, samples, len(gradient))."""
         found = torch.zeros(len(self._choices), samples, len(gradient))
         changed, _ = self._split()
+        if isinstance(self._module, ExpertWeight):  # of one sample
+            for i in changed:
+                delta = (self._stored[i] - self._weight).flatten()
+                found[i, 0] = torch.mv(gradient.flatten(1), delta).float()
+            return found
         seen = self._seen(inputs, self._base)
         ghost = bool(changed) and self._ghost_is_cheaper(seen, gradient, samples, len(changed))
         if ghost:
