@@ -20,7 +20,7 @@ from mpq.choices import make_cells
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_format, parse_scheme
 from mpq.core.layers import LayerGraph
-from mpq.core.problem import Allocation
+from mpq.core.problem import Allocation, BudgetText
 from mpq.export.packed import read_packed, write_packed
 from mpq.nn.divergence import OutputDivergence
 from mpq.nn.fingerprint import batches_digest, model_digest
@@ -664,4 +664,7 @@ def test_without_a_list_experts_are_offered_weights_only_schemes(
     spec = JobSpec(model="m", calibration="c", budgets=("memory <= 50%",))
     offered = Hardware(spec, [], store, Silent()).schemes(graph.by_name["weight"])
     assert {str(scheme) for scheme in offered} == expected
+    timed = Hardware(spec, [BudgetText.parse("latency <= 1 s")], store, Silent())
+    (kept,) = timed.schemes(graph.by_name["weight"])
+    assert str(kept) == graph.by_name["weight"].native_family
     assert graph.by_name["weight"].native_family == {2: "bf16", 4: "fp32"}[dtype.itemsize]
