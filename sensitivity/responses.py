@@ -18,8 +18,8 @@ cheaper, the gradient of its weight for each sample and probe.
 
 Experts' weights, one 3-D parameter W that a module uses in its own way, stand for their own output:
 J is the Jacobian from W to the network's output, through all its uses, and d = Q_c(W) - W. Its
-gradient is a sum over samples, so a network with such layers takes one sample at a time, and weights
-are quantized again for each.
+gradient is a sum over samples, so a network with such layers takes one sample at a time and
+quantizes weights again for each.
 """
 
 from __future__ import annotations
