@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from mpq.candidates import Proposal, best
+from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import JobSpec
 from mpq.core.limits import Limit
@@ -38,15 +39,25 @@ def choose(
     evaluations = measured([as_candidate(proposal) for proposal in proposals])
     criterion = _criterion(spec, proposals, evaluations)
     if spec.solver == "auto" and spec.refine:
-        first = best(proposals, evaluations, replace(criterion, limits=()))
-        for proposal, evaluation in refine(
-            problem,
-            first,
-            evaluations[first.name],
-            around,
-            lambda p: measured([as_candidate(p)])[p.name],
-            spec.refine,
-        ):
+        allowed = [p for p in proposals if criterion.allows(evaluations[p.name])]
+        free = replace(criterion, limits=())
+        first = best(allowed if any(p.fits for p in allowed) else proposals, evaluations, free)
+        try:
+            steps = refine(
+                problem,
+                first,
+                evaluations[first.name],
+                around,
+                lambda p: measured([as_candidate(p)])[p.name],
+                spec.refine,
+                criterion,
+            )
+        except InvalidInputError as error:
+            if error.code != "no_gradient":
+                raise
+            store.log(run_id, "not refined", str(error))
+            steps = []
+        for proposal, evaluation in steps:
             proposals.append(proposal)
             evaluations[proposal.name] = evaluation
     for proposal in proposals:

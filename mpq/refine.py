@@ -3,8 +3,7 @@
 Around the original network the second-order model fails at low bits. Around the quantized network
 the divergence of a nearby allocation is its slope plus its curvature (sensitivity.responses); the
 solver minimises both within a trust region on the number of units that change, the result is
-measured, and only what measures better is kept, on both halves of the calibration data: what
-one half gains and the other does not is luck.
+measured, and only what measures better is kept (`gains`, by what decides the choice).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from mpq.candidates import Proposal, additively
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import CostTable, Responses, SensitivityTable
+from mpq.criterion import Criterion
 from solvers import get_solver
 from solvers.trust import cross_validated
 
@@ -34,6 +34,7 @@ def refine(
     relinearise: Relinearise,
     measure: MeasureOne,
     steps: int,
+    criterion: Criterion,
 ) -> list[tuple[Proposal, Evaluation]]:
     """Return what at most `steps` steps tried, in order, with its measurement.
 
@@ -60,15 +61,23 @@ def refine(
         )
         evaluation = measure(proposal)
         tried.append((proposal, evaluation))
-        if _better(evaluation, best_measured):
+        if gains(criterion, evaluation, best_measured):
             best, best_measured, responses = proposal, evaluation, None
         else:
             region //= 2
     return tried
 
 
-def _better(new: Evaluation, old: Evaluation) -> bool:
-    """Tell whether both halves of the samples, every second one, measure better."""
+def gains(criterion: Criterion, new: Evaluation, old: Evaluation) -> bool:
+    """Tell whether a step is kept: it measures better and breaks no limit that was met.
+
+    By the divergence it has to gain on both halves of the samples, every second one: what one
+    half gains and the other does not is luck.
+    """
+    if criterion.allows(old) and not criterion.allows(new):
+        return False
+    if criterion.scales:
+        return criterion.value(new) < criterion.value(old)
     assert new.per_sample is not None
     assert old.per_sample is not None
     gain = old.per_sample - new.per_sample

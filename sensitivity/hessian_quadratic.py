@@ -57,7 +57,10 @@ class HessianQuadratic:
         return {"scores": np.concatenate(found), "samples": np.array(samples)}
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
-        """Return the mean over samples; its error is over batches, 0 where there is one."""
+        """Return the mean over samples; its error is over batches, however they are cut.
+
+        It is 0, unknown, where there is one.
+        """
         scores = np.stack([p["scores"] for p in partials])
         share = np.array([float(p["samples"]) for p in partials])
         share /= share.sum()

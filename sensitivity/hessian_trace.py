@@ -42,7 +42,7 @@ from sensitivity.negative import warn_of_negative
 from sensitivity.tasks import unit_tasks
 from sensitivity.weight_calls import stored_weights
 
-_VERSION = 2
+_VERSION = 3
 _PROBES_FACTOR = 8  # probes per batch: this many times the job's `num_probes`
 _ROUNDS = (2, 2, 4)  # of them, in each round
 _ROWS = 4  # what the graph of a second derivative holds, in gradients of every layer's output
@@ -88,7 +88,7 @@ class HessianTrace:
         if not all(scheme.activations.is_native for scheme in schemes):
             for name in unit.layers:
                 layer = workload.graph.by_name[name]
-                inputs += _input_draws(workload, layer, schemes, probes, generator)
+                inputs += _input_draws(workload, layer, schemes, probes, seed)
         return {
             "traces": np.array(traces),
             "squared": np.array([weight.squared for weight in weights]),
@@ -131,10 +131,16 @@ def _omega(rounds: Sequence[Partial]) -> tuple[Floats, Floats]:
 def _weight_draws(
     workload: Workload, weight: nn.Parameter, probes: int, generator: torch.Generator
 ) -> list[list[float]]:
-    """Return v^T H v of one weight for each batch and probe; H is that of the batch's mean loss."""
+    """Return v^T H v of one weight for each batch and probe; H is that of the batch's mean loss.
+
+    All batches meet the same vectors, so that their mean is the draw of all samples together,
+    however these are cut into batches.
+    """
     found = []
+    start = generator.get_state()
     with twice_differentiable(workload, weight):
         for number, batch in enumerate(workload.calibration):
+            generator.set_state(start)
             loss = loss_on(workload, Part(number, batch, 0, num_samples(batch)))
             products = HessianProducts(loss, [weight])
 
@@ -151,13 +157,14 @@ def _input_draws(
     layer: Layer,
     schemes: Sequence[Scheme],
     probes: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> Floats:
     """Return mean_x v^T H_a(x) v / n_a * |Q(a) - a|^2 of each scheme and probe.
 
     The loss is a mean over samples that do not see each other, so that one product with the input
     of all of them holds v^T H_a(x) v of each, without terms between samples. Of a layer that is
-    called several times each call's input is quantized, and has its own term.
+    called several times each call's input is quantized, and has its own term. Vectors belong to
+    samples, by their place in the calibration data.
     """
     found = np.zeros((len(schemes), probes))
     total = sum(num_samples(batch) for batch in workload.calibration)
@@ -170,15 +177,22 @@ def _input_draws(
                 * (part.samples / (inputs.numel() / part.samples))
                 for inputs, _ in seen
             ]
+            generators = [
+                torch.Generator().manual_seed(seed * 1_000_003 + part.first + n)
+                for n in range(part.samples)
+            ]
             for probe in range(probes):
-                vectors = [
-                    sign_vector(move.numel(), generator, move.dtype).reshape(move.shape)
-                    for _, move in seen
-                ]
+                vectors = [_signs_like(move, generators) for _, move in seen]
                 for v, hv, change in zip(vectors, products(vectors), changes, strict=True):
                     of_sample = (v * hv).reshape(part.samples, -1).double().sum(1)
                     found[:, probe] += (change @ of_sample).numpy() / total
     return found
+
+
+def _signs_like(values: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    each = values.numel() // len(generators)
+    signs = [sign_vector(each, generator, values.dtype) for generator in generators]
+    return torch.cat(signs).reshape(values.shape)
 
 
 @contextmanager

@@ -302,3 +302,19 @@ def test_a_model_that_cannot_be_differentiated_twice_is_told_what_to_use() -> No
     metric = HessianTrace()
     with pytest.raises(InvalidInputError, match="gauss_newton"):
         metric.run(workload, metric.tasks(workload)[0])
+
+
+@pytest.mark.parametrize("text", ["int3", "int3:int4"])
+def test_however_the_samples_are_cut_into_batches_the_numbers_are_the_same(text: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    samples = torch.randn(12, 4).double()
+    found = []
+    for sizes in ([12], [3, 9], [5, 4, 3]):
+        given = make_workload(model, torch.split(samples, sizes), schemes=(parse_scheme(text),))
+        metric = HessianTrace()
+        partials = [metric.run(given, task) for task in metric.tasks(given)]
+        found.append(metric.combine(given.cells, partials).sensitivity)
+    for other in found[1:]:
+        np.testing.assert_allclose(other.values, found[0].values, rtol=1e-6)
+        np.testing.assert_allclose(other.stderr, found[0].stderr, rtol=1e-6)
