@@ -327,3 +327,10 @@ def test_a_function_that_breaks_on_some_outputs_is_one_line(store: Store) -> Non
 
     with pytest.raises(InvalidInputError, match="quality 'a' is nan for sample 0 although"):
         search(store, quality={"a": fragile})
+
+
+def test_the_metric_that_auto_picks_is_found_beside_the_tables_of_qualities(store: Store) -> None:
+    result = search(store, metric="auto")
+    metric = result.problem.sensitivity.metric
+    assert metric != "auto"
+    assert not metric.startswith("quality ")

@@ -48,7 +48,7 @@ def put_sensitivity(session: Session, run_id: str, table: SensitivityTable) -> N
 def sensitivity(
     session: Session, run_id: str, metric: str | None, read: CellReader
 ) -> SensitivityTable:
-    """Return the table of a metric; None is the metric the run asked for, or its only one."""
+    """Return the table of a metric; None is that the run asked for, or picked."""
     found = session.scalars(
         select(ScoreRow.metric).where(ScoreRow.run_id == run_id).distinct().order_by("metric")
     ).all()
@@ -56,7 +56,8 @@ def sensitivity(
         raise not_stored(session, run_id, "sensitivity table")
     if metric is None:
         asked = session.scalars(select(RunRow.metric).where(RunRow.id == run_id)).one()
-        metric = asked if asked in found or len(found) > 1 else found[0]
+        scored = [name for name in found if not name.startswith("quality ")]  # beside the metric
+        metric = scored[0] if asked not in found and len(scored) == 1 else asked
     if metric not in found:
         raise unknown(f"metric of run {run_id}", metric, found)
     rows = session.execute(
