@@ -87,13 +87,13 @@ def score_error(scores: Scores, choice: Indices) -> float:
 
 
 def drawn(scores: Scores, draws: int, seed: int) -> Iterator[Floats]:
-    """Yield values of all cells drawn within their error bars, reproducibly."""
+    """Yield values of all cells drawn within their error bars, at least 0, reproducibly."""
     generator = np.random.default_rng(seed)
     values, stderr = scores.sensitivity.values, scores.sensitivity.stderr
     if scores.responses is None:
         for _ in range(draws):
             moved = values + stderr * generator.standard_normal(len(values))
-            yield np.where(values >= 0, np.maximum(moved, 0.0), moved)
+            yield np.maximum(moved, 0.0)
         return
     vectors = scores.responses.vectors
     per_sample = 0.5 * np.square(vectors, dtype=np.float64).mean(axis=2)

@@ -21,7 +21,7 @@ from mpq.tasks import Bench, Workers
 from sensitivity import get_metric
 from sensitivity.responses import responses_of_batch
 
-_VERSION = 2  # of the relinearisation: part of its content keys
+_VERSION = 3  # of the relinearisation: part of its content keys
 
 
 def search_ranges(workload: Workload, progress: Progress) -> None:
@@ -65,7 +65,9 @@ def score(
             label, run_task, [(task.key, (metric_name, task)) for task in some]
         )
         scores = metric.combine(workers.workload.cells, partials)
-        if number < last and enough and enough(scores, samples * len(some) / len(tasks)):
+        # the first task has no error bar yet where that is over batches: 0 is not precise then
+        known = len(some) > 1 or bool(scores.sensitivity.stderr.any())
+        if number < last and enough and known and enough(scores, samples * len(some) / len(tasks)):
             (tell or workers.progress.note)(
                 f"{metric_name}: {len(some)} of {len(tasks)} tasks were precise enough"
             )
@@ -85,9 +87,11 @@ def relinearise(workers: Workers, base: Allocation) -> Responses:
     workload = workers.workload
     cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
     setting = ("relinearise", _VERSION, workload.key, cells, workload.num_probes, workload.seed)
+    counts = [num_samples(batch) for batch in workload.calibration]
+    firsts = [sum(counts[:number]) for number in range(len(counts))]  # choose the random signs
     work = [
-        (digest(setting, base.text(), batch_key, number), (number, base))
-        for number, batch_key in enumerate(workload.batch_keys)
+        (digest(setting, base.text(), batch_key, first), (number, base))
+        for number, (batch_key, first) in enumerate(zip(workload.batch_keys, firsts, strict=True))
     ]
     partials = workers.finished("linearising again", run_relinearisation, work)
     return Responses(

@@ -122,6 +122,12 @@ def test_scores_that_nothing_fits_are_not_enough() -> None:
     assert not asking(of, 1.0, "settled")(exact, SAMPLES)
 
 
+def test_a_negative_score_leaves_nothing_to_settle() -> None:
+    of = cells(1, ("int4", "int8"))
+    scores = made_scores(of, np.array([-1.0, -2.0]), 0.01)  # both count as 0: the cheaper is best
+    assert asking(of, 9.0, "settled")(scores, SAMPLES)
+
+
 # --- error bars ------------------------------------------------------------------------------
 
 
@@ -262,6 +268,17 @@ def test_scoring_that_is_never_enough_sees_everything(store: Store) -> None:
     assert told == []
     full = score(workers, "gauss_newton")
     np.testing.assert_array_equal(found.sensitivity.values, full.sensitivity.values)
+
+
+def test_one_batch_says_nothing_of_an_error_over_batches(store: Store) -> None:
+    seen: list[float] = []
+
+    def enough(scores: Scores, samples: float) -> bool:
+        seen.append(samples)
+        return scores.sensitivity.stderr.max() < np.inf
+
+    score(workers_of(small(batches(4, 40)), store), "hessian_quadratic", enough)
+    assert seen == [80]
 
 
 # --- a search --------------------------------------------------------------------------------
