@@ -137,7 +137,14 @@ class Calls:
         return remember
 
     def of(self, name: LayerName) -> list[Call]:
-        """Return the calls of one layer, in order."""
+        """Return the calls of one layer, in order; refuses those made with gradients off."""
+        if len(self._outputs[name]) < len(self._inputs[name]):
+            raise InvalidInputError(
+                "no_gradient",
+                f"layer {name!r} runs with gradients off (torch.no_grad() or inference_mode() in "
+                f"the model), so what it does to the output has no derivative: take that out, "
+                f"leave the layer out with skip=[{name!r}], or use metric='kl', which needs none",
+            )
         return list(zip(self._inputs[name], self._outputs[name], strict=True))
 
     def inputs(self) -> list[torch.Tensor]:
@@ -154,9 +161,10 @@ class Calls:
     ) -> Gradients:
         """Return the gradient of <seed, head> at every call's output, one row for each seed.
 
-        The graph is freed with the last one unless `keep`.
+        The graph is freed with the last one unless `keep`. Raises InvalidInputError where a
+        layer ran with gradients off.
         """
-        outputs = [output for name in self._modules for output in self._outputs[name]]
+        outputs = [output for name in self._modules for _, output in self.of(name)]
         if not outputs:
             return {name: [] for name in self._modules}
         rows, seed = [], next(seeds, None)
