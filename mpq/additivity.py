@@ -29,13 +29,16 @@ class Pair:
 class Additivity:
     """Predictions of a chosen allocation's loss beside its measurement on calibration data.
 
-    `parts` is the sum of the cells' own scores, `with_pairs` adds the pairwise terms (None where
-    the metric has none), `measured` is the divergence with its standard error. `matrix[u, v]` is
+    `parts` is the sum of the cells' own scores (None where they are not in units of the
+    divergence), `with_pairs` has the pairwise terms as well (None where there are none),
+    `measured` is the divergence with its standard error. `matrix[u, v]` is
     the effect of units u and v together, zero on the diagonal; `pairs` the strongest of them.
+    `metric` names what scored.
     """
 
     units: tuple[UnitName, ...]
-    parts: float
+    metric: str
+    parts: float | None
     with_pairs: float | None
     measured: float | None
     stderr: float | None
@@ -63,7 +66,8 @@ def additivity(
     )
     return Additivity(
         units=problem.cells.units,
-        parts=problem.score(choice),
+        metric=problem.sensitivity.metric,
+        parts=problem.score(choice) if problem.sensitivity.is_divergence else None,
         with_pairs=with_pairs,
         measured=None if measured is None else measured.mean,
         stderr=None if measured is None else measured.stderr,

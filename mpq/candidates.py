@@ -20,7 +20,8 @@ from solvers import get_solver
 class Proposal:
     """An allocation that is worth measuring; a uniform one may break a budget.
 
-    `predicted` is the divergence that the metric expects, None where it predicts another thing.
+    `predicted` is the divergence that is expected, with pairs where they are known: None where
+    the metric predicts another thing.
     """
 
     name: str
@@ -74,12 +75,15 @@ def _proposal(
 ) -> Proposal:
     assert solution.allocation is not None
     choice = solution.allocation.choice(problem.cells)
+    predicted = None
+    if interactions is not None:
+        predicted = float(interactions[np.ix_(choice, choice)].sum())
+    elif problem.sensitivity.is_divergence:
+        predicted = problem.score(choice)
     return Proposal(
         name=name,
         solution=additively(problem, solution, bound),
-        predicted=None
-        if interactions is None
-        else float(interactions[np.ix_(choice, choice)].sum()),
+        predicted=predicted,
         fits=problem.fits(solution.allocation),
     )
 

@@ -198,11 +198,11 @@ def _keep(examination: Examination, prepared: Prepared) -> None:
     if scores.responses is not None:
         store.put_responses(run_id, scores.responses)
     problem = Problem(
-        sensitivity=scores.sensitivity, costs=prepared.costs, budgets=report.budgets[0]
+        sensitivity=scores.sensitivity.clamped(), costs=prepared.costs, budgets=report.budgets[0]
     )
     evaluations = [
         replace(e, predicted=problem.score(e.allocation.choice(problem.cells)))
-        if scores.is_divergence
+        if problem.sensitivity.is_divergence
         else e
         for e in examination.evaluations
     ]

@@ -13,7 +13,7 @@ from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem, budget_text
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.referee import Budgets, MetricVerdict, RefereeReport
-from mpq.core.tables import CostTable, SensitivityTable
+from mpq.core.tables import BLEND, CostTable, SensitivityTable
 from mpq.evaluate import Candidate, measure
 from mpq.nn.fingerprint import digest
 from mpq.peak_memory import peak_bytes
@@ -205,7 +205,7 @@ class _Trial:
             spearman_stderr=rho.stderr if rho else None,
             kendall=tau.value if tau else None,
             kendall_stderr=tau.stderr if tau else None,
-            ratio=_ratio(pairs) if contender.scores.is_divergence else None,
+            ratio=_ratio(pairs) if contender.scores.sensitivity.is_divergence else None,
             regret=math.fsum(regrets) / len(regrets),
             regrets=regrets,
             seconds=contender.seconds,
@@ -231,14 +231,14 @@ class _Trial:
         weights = [0.5 / ratio for ratio in ratios if ratio is not None]
         table = replace(
             tables[0],
-            metric=f"{one.name} + {other.name}",
+            metric=f"{one.name}{BLEND}{other.name}",
             values=weights[0] * tables[0].values + weights[1] * tables[1].values,
             stderr=np.hypot(weights[0] * tables[0].stderr, weights[1] * tables[1].stderr),
         )
         peaks = [c.peak_bytes for c in (one, other) if c.peak_bytes is not None]
         return self.contender(
             table.metric,
-            Scores(sensitivity=table, is_divergence=True),
+            Scores(sensitivity=table),
             one.seconds + other.seconds,
             max(peaks, default=None),
         )

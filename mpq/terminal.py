@@ -64,8 +64,21 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if solution is None else solution_view(solution),
+        "additivity": None if solution is None else _additivity_view(store, run_id, solution),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
         "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
+    }
+
+
+def _additivity_view(store: Store, run_id: str, solution: Solution) -> dict[str, Any]:
+    assert solution.allocation is not None
+    found = additivity(store.problem(run_id), solution.allocation, store.evaluations(run_id))
+    return {
+        "parts": found.parts,
+        "with_pairs": found.with_pairs,
+        "measured": found.measured,
+        "stderr": found.stderr,
+        "pairs": [asdict(pair) for pair in found.pairs],
     }
 
 
@@ -187,7 +200,11 @@ def _referee_view(report: RefereeReport) -> dict[str, Any]:
 
 def _additivity_lines(found: Additivity) -> list[str]:
     """Return what the parts add up to, and the pairs that matter most, one a line."""
-    told = [f"sum of parts {found.parts:.5g}"]
+    told = [
+        f"the scores of {found.metric} are not in units of the divergence"
+        if found.parts is None
+        else f"sum of parts {found.parts:.5g}"
+    ]
     if found.with_pairs is not None:
         told.append(f"with pairs {found.with_pairs:.5g}")
     if found.measured is not None:

@@ -41,4 +41,4 @@ class GaussNewton:
         responses = Responses(cells=cells, vectors=vectors)
         values, stderr = responses.own_scores()
         table = SensitivityTable(metric=self.name, cells=cells, values=values, stderr=stderr)
-        return Scores(sensitivity=table, responses=responses, is_divergence=True)
+        return Scores(sensitivity=table, responses=responses)

@@ -45,4 +45,4 @@ class Kl:
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
         """Return the mean divergence of every cell; the error bar is over samples."""
         table = mean_over_samples(self.name, cells, partials)
-        return Scores(sensitivity=table, is_divergence=True)
+        return Scores(sensitivity=table)

@@ -79,6 +79,14 @@ def test_json_is_the_only_thing_on_standard_output(folder: Path) -> None:
     view = json.loads(mpq(folder, "show", "latest", "--json").stdout)
     assert view["state"] == "SUCCEEDED"
     assert set(view["chosen"]["allocation"]) == {"0", "2"}
+    found = view["additivity"]
+    assert set(found) == {"parts", "with_pairs", "measured", "stderr", "pairs"}
+    assert found["parts"] == pytest.approx(view["chosen"]["score"])
+    (chosen,) = [
+        e for e in view["evaluations"] if (e["candidate"], e["split"]) == ("chosen", "calibration")
+    ]
+    assert (found["measured"], found["stderr"]) == (chosen["mean"], chosen["stderr"])
+    assert [{pair["first"], pair["second"]} for pair in found["pairs"]] == [{"0", "2"}]
     (run,) = json.loads(mpq(folder, "list", "--json").stdout)
     assert run["id"] == view["id"]
 

@@ -37,15 +37,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a metric found: the table, and the responses where it has them.
-
-    `is_divergence` tells that the values are divergences as they are measured, so that both can
-    be compared in size as well.
-    """
+    """What a metric found: the table, and the responses where it has them."""
 
     sensitivity: SensitivityTable
     responses: Responses | None = None
-    is_divergence: bool = False
 
 
 class Metric(Protocol):

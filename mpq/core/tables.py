@@ -17,6 +17,8 @@ from mpq.core.layers import UnitName
 Cell = tuple[UnitName, Scheme]
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+BLEND = " + "  # between the names of two metrics whose scores were scaled to the measurement
+_DIVERGENCES = frozenset({"gauss_newton", "kl"})  # metrics that score in units of the divergence
 PAIRS_TRUSTED = 0.75  # measured at 3.0 and 3.5 bits on a CNN and a ViT: better than 1/2 and 1
 
 
@@ -166,6 +168,11 @@ class SensitivityTable:
 
     def __getitem__(self, cell: Cell) -> float:
         return float(self.values[self.cells.index(cell)])
+
+    @property
+    def is_divergence(self) -> bool:
+        """Tell whether values are divergences as they are measured, to be compared in size."""
+        return self.metric in _DIVERGENCES or BLEND in self.metric
 
     def clamped(self) -> SensitivityTable:
         """Return the table with negative values at zero, for solving: no format is a gain.
