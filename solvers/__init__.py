@@ -9,6 +9,12 @@ from mpq.core.problem import Problem, Solution
 from mpq.core.protocols import Solver
 
 
+def _auto() -> Solver:
+    from solvers.auto import Auto
+
+    return Auto()
+
+
 def _ilp() -> Solver:
     from solvers.ilp import Ilp
 
@@ -21,15 +27,13 @@ def _pairs() -> Solver:
     return Pairs()
 
 
-SOLVERS: dict[str, Callable[[], Solver]] = {"ilp": _ilp, "pairs": _pairs}
+SOLVERS: dict[str, Callable[[], Solver]] = {"auto": _auto, "ilp": _ilp, "pairs": _pairs}
 
 
 def get_solver(name: str) -> Solver:
-    """Return a solver by its name; "auto" is "ilp". Raises InvalidInputError for others."""
-    if name == "auto":
-        name = "ilp"
+    """Return a solver by its name. Raises InvalidInputError for others."""
     if name not in SOLVERS:
-        raise unknown("solver", name, ["auto", *SOLVERS])
+        raise unknown("solver", name, SOLVERS)
     return SOLVERS[name]()
 
 

@@ -10,10 +10,11 @@ from solvers.knapsack import Knapsack
 POOL = 200  # entries whose pairs are all tried; the square of it is the work of a step
 
 
-def repair(knapsack: Knapsack, choice: Indices) -> Indices | None:
+def repair(knapsack: Knapsack, choice: Indices, *, steps: int = 0) -> Indices | None:
     """Change single units, least loss per excess weight first, until the choice fits.
 
-    `choice` holds an entry of the knapsack for each unit. None where that does not succeed.
+    `choice` holds an entry of the knapsack for each unit. None where that does not succeed
+    in so many `steps`, or, if 0, four for each unit.
     """
     choice = choice.copy()
     scale = knapsack.slack[:, None]
@@ -21,7 +22,7 @@ def repair(knapsack: Knapsack, choice: Indices) -> Indices | None:
     def excess(use: Floats) -> Floats:
         return np.asarray(np.maximum(0.0, (use - scale) / scale).sum(axis=0))
 
-    for _ in range(4 * len(choice) + 1):
+    for _ in range(steps or 4 * len(choice) + 1):
         use = knapsack.weights[:, choice].sum(axis=1, keepdims=True)
         now = float(excess(use)[0])
         if now == 0.0:

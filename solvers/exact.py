@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -33,8 +34,29 @@ class Least:
     proven: bool
 
 
+class Minimise(Protocol):
+    """A way to find the least total."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        values: Floats,
+        budgets: Sequence[Budget],
+        *,
+        time_limit_s: float,
+    ) -> Least:
+        """Minimise sum_u values[a(u)] over one cell per unit under `budgets`."""
+
+
 def minimise(
-    problem: Problem, values: Floats, budgets: Sequence[Budget], *, time_limit_s: float
+    problem: Problem,
+    values: Floats,
+    budgets: Sequence[Budget],
+    *,
+    time_limit_s: float,
+    among: Indices | None = None,
+    known: Indices | None = None,
+    gap: float = 0.0,
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
@@ -43,16 +65,28 @@ def minimise(
     two rules out most cells, and an integer program decides about the rest. A better choice is
     overlooked only if it gains less than about 1e-11 of what the answer loses against the
     unconstrained best. `time_limit_s` bounds the integer programs, not building them.
+
+    With a `known` choice that fits, `among` (ascending, holding it) may be those cells alone of
+    which a better choice consists. The search ends within `gap` of the total.
     """
-    return _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s).run()
+    search = _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s, gap)
+    if among is None:
+        return search.run()
+    search.best = known
+    return search.decide(among)
 
 
 class _Search:
     def __init__(
-        self, problem: Problem, values: Floats, limits: dict[str, float], deadline: float
+        self,
+        problem: Problem,
+        values: Floats,
+        limits: dict[str, float],
+        deadline: float,
+        gap: float,
     ) -> None:
         self.problem, self.values, self.limits = problem, values, limits
-        self.deadline = deadline
+        self.deadline, self.gap = deadline, gap
         self.best: Indices | None = None
 
     def run(self) -> Least:
@@ -62,14 +96,16 @@ class _Search:
         free = cheapest(self.problem, self.values)
         if self._fits(free):
             return Least(choice=free, bound=self._value(free), proven=True)
-        everything = np.arange(len(self.problem.cells))
-        knapsack = self._part(everything)
+        return self.decide(np.arange(len(self.problem.cells)))
+
+    def decide(self, cells: Indices) -> Least:
+        knapsack = self._part(cells)
         if knapsack is not None:
             best_of_unit = knapsack.undominated(preference(self.problem))
             knapsack = self._part(knapsack.cells[best_of_unit])
         relaxed = None if knapsack is None else relax(knapsack)
         if knapsack is None or relaxed is None:
-            return Least(choice=None, bound=math.inf, proven=True)
+            return self._answer(math.inf, proven=True)
         rounded = round_to_fit(knapsack, relaxed)
         if rounded is not None:
             self._offer(np.array([], np.int64), knapsack, rounded)
@@ -87,7 +123,7 @@ class _Search:
             before = self.best
             answer = self._solve(rest)
             lower = max(lower, rest.base + answer.bound)
-            if not answer.complete:
+            if not answer.complete or (answer.bound < math.inf and self._enough() > 0):
                 return self._answer(lower, proven=False)
             if self.best is None or self.best is before:
                 return self._answer(lower, proven=True)
@@ -132,7 +168,7 @@ class _Search:
         excluded: list[Indices] = []
         while True:
             left = deadline - time.monotonic()
-            answer = branch_and_cut(free, excluded, time_limit_s=left)
+            answer = branch_and_cut(free, excluded, time_limit_s=left, enough=self._enough())
             if answer.choice is None or self._offer(settled, free, answer.choice):
                 return answer
             if not excluded:  # something that surely fits, in case too many do not
@@ -143,6 +179,9 @@ class _Search:
             excluded.append(answer.choice)
             if not answer.complete or len(excluded) > _MAX_EXCLUDED:
                 return replace(answer, complete=False)
+
+    def _enough(self) -> float:
+        return 0.0 if self.best is None else self.gap * abs(self._value(self.best)) / 2
 
     def _offer(self, settled: Indices, knapsack: Knapsack, entries: Indices) -> bool:
         """Keep a choice if it really fits and nothing better is known; tell whether it fits."""

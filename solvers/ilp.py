@@ -10,9 +10,11 @@ import numpy as np
 from mpq.core.problem import Problem, Solution
 from mpq.core.tables import Indices
 from solvers.check import finish
-from solvers.exact import minimise
+from solvers.exact import Minimise, minimise
 from solvers.infeasible import explain
 from solvers.knapsack import unit_numbers
+
+_MANY = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,7 @@ class Ilp:
         choice, infeasibility = least.choice, None
         if choice is not None:
             left = self.time_limit_s - (time.monotonic() - start)
-            choice = _cheapest_of_equal_score(problem, choice, time_limit_s=left)
+            choice = cheapest_of_equal_score(problem, choice, minimise, time_limit_s=left)
         elif least.proven:
             infeasibility = explain(problem, time_limit_s=self.time_limit_s)
         return finish(
@@ -52,8 +54,14 @@ class Ilp:
         )
 
 
-def _cheapest_of_equal_score(problem: Problem, choice: Indices, *, time_limit_s: float) -> Indices:
-    if not problem.budgets:
+def cheapest_of_equal_score(
+    problem: Problem, choice: Indices, minimise: Minimise, *, time_limit_s: float
+) -> Indices:
+    """Return a choice of the same scores with the least total of the first budgeted cost.
+
+    Of more than 10,000 units the choice is returned as it is.
+    """
+    if not problem.budgets or len(choice) > _MANY:
         return choice  # already the cheapest of each unit
     score = problem.sensitivity.values
     equal = score == score[choice][unit_numbers(problem.cells)]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from mpq.core.problem import Budget, Infeasibility, Problem
 from mpq.core.quantities import quantity
-from solvers.exact import minimise
+from solvers.exact import Minimise, minimise
 from solvers.knapsack import cheapest, tightest
 
 _CHEAPER = {"bytes": "smaller", "s": "faster"}
 
 
-def explain(problem: Problem, *, time_limit_s: float) -> Infeasibility:
+def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -> Infeasibility:
     """Find the smallest reachable value of each budgeted cost, alone and beside the others.
 
     For a problem in which nothing fits. `time_limit_s` bounds each of the integer programs; a
@@ -27,7 +27,7 @@ def explain(problem: Problem, *, time_limit_s: float) -> Infeasibility:
     for cost in limits:
         others = [Budget(name, limit) for name, limit in limits.items() if name != cost]
         values = problem.costs[cost].values
-        least = minimise(problem, values, others, time_limit_s=time_limit_s)
+        least = by(problem, values, others, time_limit_s=time_limit_s)
         relaxed[cost] = None if least.choice is None else problem.total(cost, least.choice)
     alone = [cost for cost in limits if smallest[cost] > limits[cost]]
     joint = [cost for cost in limits if relaxed[cost] is not None]

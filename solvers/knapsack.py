@@ -38,8 +38,8 @@ class Knapsack:
     ) -> Knapsack:
         """Build the knapsack over the `kept` cells (ascending, at least one of each unit)."""
         owners = unit_numbers(problem.cells)[kept]
-        units = np.unique(owners, return_inverse=True)[1]
-        starts = _starts(units)
+        units = np.cumsum(np.diff(owners, prepend=owners[:1]) > 0, dtype=np.int64)
+        starts = starts_of(units)
         least, objective = _above_least(values[kept], starts, units)
         weights, slack = np.empty((len(limits), len(kept))), np.empty(len(limits))
         for k, (cost, limit) in enumerate(limits.items()):
@@ -80,11 +80,12 @@ class Knapsack:
     def split(self) -> tuple[Knapsack, Indices]:
         """Return the knapsack of the units that have a choice, and the cells of the others."""
         free = np.diff(self.starts)[self.units] > 1
-        units = np.unique(self.units[free], return_inverse=True)[1]
+        owners = self.units[free]
+        units = np.cumsum(np.diff(owners, prepend=owners[:1]) > 0, dtype=np.int64)
         smaller = Knapsack(
             cells=self.cells[free],
             units=units,
-            starts=_starts(units),
+            starts=starts_of(units),
             objective=self.objective[free],
             weights=self.weights[:, free],
             slack=self.slack,
@@ -103,15 +104,17 @@ def fitting(
     while True:
         knapsack = Knapsack.of(problem, values, limits, kept)
         fits = np.all(knapsack.weights <= knapsack.slack[:, None], axis=0)
-        left = np.unique(knapsack.units[fits])
-        if (knapsack.slack < 0).any() or len(left) < len(problem.cells.units):
+        if (knapsack.slack < 0).any():
             return None
         if fits.all():
             return knapsack
+        if not np.bincount(knapsack.units[fits], minlength=len(problem.cells.units)).all():
+            return None
         kept = kept[fits]
 
 
-def _starts(units: Indices) -> Indices:
+def starts_of(units: Indices) -> Indices:
+    """Return where each unit begins, and the end, for the ascending unit of each entry."""
     return np.flatnonzero(np.diff(units, prepend=-1, append=units.max(initial=-1) + 1))
 
 
@@ -140,8 +143,7 @@ def preference(problem: Problem) -> Indices:
 
     Cheaper in the first budgeted cost, then in the further budgeted ones, then in all others.
     """
-    order = dict.fromkeys([*(budget.cost for budget in problem.budgets), *problem.costs])
-    keys = [np.arange(len(problem.cells)), *(problem.costs[c].values for c in reversed(order))]
+    keys = [np.arange(len(problem.cells)), *(_preferred(problem)[::-1])]
     rank = np.empty(len(problem.cells), np.int64)
     rank[np.lexsort(keys)] = np.arange(len(rank))
     return rank
@@ -149,5 +151,20 @@ def preference(problem: Problem) -> Indices:
 
 def cheapest(problem: Problem, values: Floats) -> Indices:
     """Return the cell of least value of each unit, the preferred one among equals."""
-    order = np.lexsort((preference(problem), values, unit_numbers(problem.cells)))
-    return order[problem.cells.offsets[:-1]]
+    begins = problem.cells.offsets[:-1]
+    if not len(begins):
+        return np.empty(0, np.int64)
+    sizes = np.diff(problem.cells.offsets)
+    tied = np.ones(len(values), np.bool_)
+    for row in (values, *_preferred(problem)):
+        left = np.where(tied, row, np.inf)
+        tied &= left == np.repeat(np.minimum.reduceat(left, begins), sizes)
+        if np.count_nonzero(tied) == len(begins):
+            return np.flatnonzero(tied)
+    cells = np.flatnonzero(tied)
+    return cells[np.searchsorted(cells, begins)]
+
+
+def _preferred(problem: Problem) -> list[Floats]:
+    order = dict.fromkeys([*(budget.cost for budget in problem.budgets), *problem.costs])
+    return [problem.costs[cost].values for cost in order]

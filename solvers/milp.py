@@ -30,11 +30,16 @@ class Answer:
 
 
 def branch_and_cut(
-    knapsack: Knapsack, excluded: Sequence[Indices], *, time_limit_s: float
+    knapsack: Knapsack,
+    excluded: Sequence[Indices],
+    *,
+    time_limit_s: float,
+    enough: float = 0.0,
 ) -> Answer:
     """Minimise the objective over one entry per unit within every slack.
 
-    Variables are numbered, never named after units. `excluded` choices are cut off. The status
+    Variables are numbered, never named after units. `excluded` choices are cut off, and it ends
+    `enough` from the best. The status
     is read from HiGHS itself: PuLP 3 calls a run that met its time limit optimal.
     Raises RunFailedError when the solver breaks.
     """
@@ -72,7 +77,7 @@ def branch_and_cut(
             pulp.HiGHS(
                 msg=False,
                 gapRel=0.0,
-                gapAbs=0.0,  # the default of 1e-6 would stop early
+                gapAbs=enough / unit_value * SCALE,  # the default of 1e-6 would stop early
                 threads=highs_threads(),
                 timeLimit=max(0.01, time_limit_s),
                 random_seed=0,

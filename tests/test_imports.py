@@ -29,7 +29,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpq.core", "mpq.nn", "hw_cost_models"),
         ("numpy", "torch", "onnx", "onnxruntime"),
     ),
-    "solvers": (("mpq.core", "solvers"), ("numpy", "pulp", "highspy", "optuna")),
+    "solvers": (("mpq.core", "solvers"), ("numpy", "pulp", "highspy", "optuna", "numba")),
     "workers": (("mpq.core", "workers"), ("ray",)),
 }
 
@@ -45,6 +45,7 @@ HEAVY = {
     "plotly": {"mpq/figures.py"},
     "safetensors": {"mpq/export/packed.py"},
     "optuna": set(),
+    "numba": {"solvers/compiled.py"},
 }
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -134,9 +134,8 @@ def test_ilp_proves_small_problems(kind: str) -> None:
 # --- names -----------------------------------------------------------------------------------
 
 
-def test_the_default_is_ilp() -> None:
-    assert get_solver("auto").name == "ilp"
-    assert solve(PROBLEMS["typical"]).solver == "ilp"
+def test_the_default_is_auto() -> None:
+    assert solve(PROBLEMS["typical"]).solver == "auto"
     for name in SOLVERS:
         assert get_solver(name).name == name
 

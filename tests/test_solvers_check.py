@@ -63,7 +63,7 @@ def test_anything_inconsistent_is_named(answer: Solution, complaint: str) -> Non
     with pytest.raises(RunFailedError, match=complaint) as error:
         check(PROBLEM, answer)
     assert error.value.code == "inconsistent_solution"
-    assert "solver 'ilp'" in str(error.value)
+    assert "solver 'auto'" in str(error.value)
 
 
 def test_a_choice_over_budget_is_never_returned() -> None:

@@ -1,0 +1,65 @@
+"""Solver "auto": the additive score, minimised to a proven gap in milliseconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq.core.problem import Problem, Solution
+from mpq.core.tables import Indices
+from solvers.check import finish
+from solvers.ilp import cheapest_of_equal_score
+from solvers.infeasible import explain
+from solvers.knapsack import cheapest
+from solvers.quick import minimise_quickly
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auto:
+    """Multiple-choice knapsack by Lagrangian dual and exact search of the core that it leaves."""
+
+    name: str = "auto"
+    gap: float = 1e-4
+    effort: int = 20
+    time_limit_s: float = 60.0
+
+    def solve(self, problem: Problem) -> Solution:
+        """Return the allocation of least additive score that meets every budget."""
+        start = time.monotonic()
+        least = minimise_quickly(
+            problem,
+            problem.sensitivity.values,
+            problem.budgets,
+            gap=self.gap,
+            effort=self.effort,
+            time_limit_s=self.time_limit_s,
+        )
+        choice, infeasibility = least.choice, None
+        if choice is not None:
+            choice = _undominated(problem, choice)
+            left = self.time_limit_s - (time.monotonic() - start)
+            choice = cheapest_of_equal_score(problem, choice, minimise_quickly, time_limit_s=left)
+        elif least.proven:
+            infeasibility = explain(problem, time_limit_s=self.time_limit_s, by=minimise_quickly)
+        return finish(
+            problem,
+            self.name,
+            choice,
+            proven=least.proven,
+            bound=least.bound,
+            seconds=time.monotonic() - start,
+            infeasibility=infeasibility,
+        )
+
+
+def _undominated(problem: Problem, choice: Indices) -> Indices:
+    """Return the choice with every cell replaced that another one of its unit dominates."""
+    sizes = np.diff(problem.cells.offsets)
+    values = problem.sensitivity.values
+    as_good = values <= np.repeat(values[choice], sizes)
+    for cost in {budget.cost for budget in problem.budgets}:
+        costs = problem.costs[cost].values
+        as_good &= costs <= np.repeat(costs[choice], sizes)
+    return cheapest(problem, np.where(as_good, values, np.inf))

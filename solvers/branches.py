@@ -1,0 +1,98 @@
+"""All choices of a core below a threshold, branching until halves of it can be listed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpq.core.problem import Problem
+from mpq.core.tables import Floats, Indices
+from solvers.core import Core, Limits
+from solvers.halves import search_halves
+from solvers.knapsack import Knapsack
+from solvers.lagrange import Dual
+
+_LISTED = 1 << 14  # choices of half a core
+
+
+@dataclass(slots=True, kw_only=True)
+class Best:
+    """The best choice so far that meets the budgets: its cells, and its worth above the base."""
+
+    problem: Problem
+    values: Floats
+    limits: dict[str, float]
+    choice: Indices | None = None
+    value: float = math.inf
+    worth: float = math.inf
+
+    def fits(self, choice: Indices, *costs: str) -> bool:
+        """Tell whether a choice of cells meets the limits, or those of some costs."""
+        return all(
+            self.problem.total(cost, choice) <= self.limits[cost] for cost in costs or self.limits
+        )
+
+    def offer(self, knapsack: Knapsack, entries: Indices | None) -> bool:
+        """Keep a choice of entries if nothing better is known; tell whether it really fits."""
+        if entries is None or not self.fits(knapsack.cells[entries]):
+            return False
+        value = math.fsum(self.values[knapsack.cells[entries]])
+        if value < self.value:
+            self.choice, self.value = knapsack.cells[entries], value
+            self.worth = math.fsum(knapsack.objective[entries])
+        return True
+
+
+@dataclass(slots=True, kw_only=True)
+class Branches:
+    """A search for what is worth less than `threshold`, depth first.
+
+    The widest unit takes one entry after the other, with prices made anew for each, where too
+    many choices of half the core remain. Choices above the threshold and below `worth` are
+    offered to `best` too when met. It ends unfinished after `most_nodes` or at the deadline.
+    """
+
+    best: Best
+    knapsack: Knapsack
+    limits: Limits
+    threshold: float
+    worth: float
+    most_nodes: int
+    deadline: float
+    nodes: int = field(default=0, init=False)
+
+    def complete(self, core: Core, dual: Dual) -> bool:
+        """Search a core, its dual given; tell whether no choice was left out."""
+        threshold = min(self.threshold, self.best.worth)
+        if dual.bound >= threshold:
+            return True
+        self.nodes += 1
+        if self.nodes > self.most_nodes or time.monotonic() > self.deadline:
+            return False
+        keep = dual.reduced < threshold - dual.bound
+        keep[dual.least] = True
+        core = core.part(keep)
+        dual = core.dual(dual.prices)
+        worth = min(self.best.worth, self.worth)
+        found = search_halves(core, dual, self.limits, threshold, worth, most_listed=_LISTED)
+        if found.complete:
+            return found.choice is None or self.best.offer(self.knapsack, found.choice)
+        return all(
+            self.complete(child, child.dual(child.better_prices(dual.prices)))
+            for child in self._children(core, dual)
+        )
+
+    def _children(self, core: Core, dual: Dual) -> list[Core]:
+        """Return the core with each entry of its widest unit, the most promising first."""
+        unit = int((dual.prices * core.sizes @ core.widths()).argmax())
+        begin, end = core.starts[unit], core.starts[unit + 1]
+        children = []
+        for entry in begin + np.argsort(dual.reduced[begin:end], kind="stable"):
+            only = np.ones(len(core.entries), np.bool_)
+            only[begin:end] = False
+            only[entry] = True
+            children.append(core.part(only))
+        return children

@@ -1,0 +1,163 @@
+"""Least total of one value per cell under budgets, to a proven gap, in milliseconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mpq.core.problem import Budget, Problem
+from mpq.core.tables import Floats, Indices
+from solvers.branches import Best, Branches
+from solvers.core import Core, Limits
+from solvers.descent import repair
+from solvers.exact import Least, minimise
+from solvers.knapsack import Knapsack, cheapest, fitting, tightest
+from solvers.lagrange import Dual, maximise_dual
+
+_FIRST = 24  # entries beyond one per unit in the first core
+_MOST_NODES = 2000  # some seconds
+_MAX_ENTRIES = 4000  # of a core, beyond one per unit
+_REPAIRABLE = 100_000  # entries from which on changing units one by one takes too long
+_REPAIRS = 60
+
+
+def minimise_quickly(
+    problem: Problem,
+    values: Floats,
+    budgets: Sequence[Budget],
+    *,
+    time_limit_s: float,
+    gap: float = 0.0,
+    effort: int = 0,
+) -> Least:
+    """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
+
+    The dual prices the budgets and leaves few units open. Below one threshold after the other
+    the core that it leaves is searched, which raises the bound to the threshold or finds the
+    best choice. Once bound and choice are within `gap` of the total, a search of more than
+    `effort` nodes is given up. Where that does not get there in some seconds, an integer
+    program decides about what the dual leaves open.
+    """
+    return _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s, gap).run(
+        effort
+    )
+
+
+class _Search:
+    def __init__(
+        self,
+        problem: Problem,
+        values: Floats,
+        limits: dict[str, float],
+        deadline: float,
+        gap: float,
+    ) -> None:
+        self.problem, self.values, self.limits = problem, values, limits
+        self.deadline, self.gap = deadline, gap
+        self.best = Best(problem=problem, values=values, limits=limits)
+        self.lower = -math.inf
+
+    def run(self, effort: int) -> Least:
+        for cost in self.limits:
+            least = cheapest(self.problem, self.problem.costs[cost].values)
+            if not self.best.fits(least, cost):
+                return Least(choice=None, bound=math.inf, proven=True)
+        free = cheapest(self.problem, self.values)
+        if self.best.fits(free):
+            return Least(choice=free, bound=math.fsum(self.values[free]), proven=True)
+        everything = np.arange(len(self.problem.cells))
+        knapsack = fitting(self.problem, self.values, self.limits, everything)
+        if knapsack is None:
+            return Least(choice=None, bound=math.inf, proven=True)
+        rows = np.flatnonzero(knapsack.weights.any(axis=1))
+        limits = self._limits(knapsack, rows)
+        knapsack = replace(knapsack, weights=knapsack.weights[rows], slack=knapsack.slack[rows])
+        if not len(rows):  # whatever is left fits
+            order = np.lexsort((knapsack.objective, knapsack.units))
+            self.best.offer(knapsack, order[knapsack.starts[:-1]])
+            return self._answer(proven=True)
+        dual = maximise_dual(knapsack)
+        if dual is None:
+            return Least(choice=None, bound=math.inf, proven=True)
+        self.lower = knapsack.base + max(0.0, dual.bound)
+        if len(knapsack.cells) <= _REPAIRABLE:
+            self.best.offer(knapsack, repair(knapsack, dual.least, steps=_REPAIRS))
+        if self._deepen(knapsack, limits, dual, effort):
+            return self._answer(proven=True)
+        return self._answer(proven=False) if self._close() else self._program(knapsack, dual)
+
+    def _limits(self, knapsack: Knapsack, rows: Indices) -> Limits:
+        names = [list(self.limits)[k] for k in rows]
+        tables = [self.problem.costs[name] for name in names]
+        return Limits(
+            costs=np.array([table.values[knapsack.cells] for table in tables]),
+            fixed=np.array([table.fixed for table in tables]),
+            limits=np.array([self.limits[name] for name in names]),
+        )
+
+    def _deepen(self, knapsack: Knapsack, limits: Limits, dual: Dual, effort: int) -> bool:
+        """Search deeper and deeper; tell whether the best choice, or that none fits, is proven."""
+        units, whole = len(knapsack.starts) - 1, Core.whole(knapsack, limits)
+        most = float(np.maximum.reduceat(knapsack.objective, knapsack.starts[:-1]).sum())
+        depth = float(_smallest(dual.reduced, units + _FIRST).max()) or most or 1.0
+        while time.monotonic() < self.deadline:
+            threshold = dual.bound + depth
+            if dual.bound + 1.5 * depth >= self.best.worth:
+                threshold = self.best.worth
+            elif threshold > most:
+                threshold = math.inf
+            if np.count_nonzero(dual.reduced < threshold - dual.bound) > units + _MAX_ENTRIES:
+                return False
+            branches = Branches(
+                best=self.best,
+                knapsack=knapsack,
+                limits=limits,
+                threshold=threshold,
+                worth=max(threshold, dual.bound + 16 * depth),
+                most_nodes=effort if self._close() else _MOST_NODES,
+                deadline=self.deadline,
+            )
+            if not branches.complete(whole, dual):
+                return False
+            self.lower = max(self.lower, knapsack.base + min(threshold, self.best.worth))
+            if self.best.worth <= threshold or math.isinf(threshold):
+                return True
+            depth *= 2.0 if branches.nodes < 2 else 1.3
+        return False
+
+    def _program(self, knapsack: Knapsack, dual: Dual) -> Least:
+        """Let an integer program decide about the entries that are not ruled out."""
+        among = knapsack.cells
+        if self.best.choice is not None:
+            near = dual.reduced <= (self.best.worth - dual.bound) * (1 + 1e-9)
+            among = np.union1d(among[near], self.best.choice)
+        least = minimise(
+            self.problem,
+            self.values,
+            [Budget(cost, limit) for cost, limit in self.limits.items()],
+            time_limit_s=self.deadline - time.monotonic(),
+            among=among,
+            known=self.best.choice,
+            gap=self.gap,
+        )
+        return least if least.proven else replace(least, bound=max(least.bound, self.lower))
+
+    def _close(self) -> bool:
+        if self.best.choice is None:
+            return False
+        return self.best.value - self.lower <= self.gap * abs(self.best.value)
+
+    def _answer(self, *, proven: bool) -> Least:
+        if self.best.choice is None:
+            return Least(choice=None, bound=math.inf if proven else self.lower, proven=proven)
+        proven = proven or self.lower >= self.best.value
+        bound = self.best.value if proven else self.lower
+        return Least(choice=self.best.choice, bound=bound, proven=proven)
+
+
+def _smallest(values: Floats, count: int) -> Floats:
+    return np.partition(values, count - 1)[:count] if count < len(values) else values
