@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +75,10 @@ def run_candidate(bench: Bench, work: tuple[Candidate, int]) -> Partial:
     candidate, number = work
     started = time.perf_counter()
     workload = bench.workload
-    reference = None if number == _METRICS else bench.reference(candidate.split, number)
+    has_batch = number != _METRICS
+    reference = bench.reference(candidate.split, number) if has_batch else None
     with (
-        evaluating(workload.model),
+        workload.evaluating(number, candidate.split) if has_batch else evaluating(workload.model),
         torch.no_grad(),
         workload.quantized_as(candidate.allocation) as model,
     ):
@@ -86,9 +88,55 @@ def run_candidate(bench: Bench, work: tuple[Candidate, int]) -> Partial:
             compared = _compared(workload, batch, reference, call(model, batch))
             found = {name: values.numpy() for name, values in compared.items()}
         elif workload.evaluate is not None:
-            metrics = workload.evaluate(model)
-            found = {f"{_METRIC}{name}": np.array(float(v)) for name, v in metrics.items()}
+            metrics = _numbers(workload.evaluate(model), workload.qualities)
+            found = {f"{_METRIC}{name}": np.array(value) for name, value in metrics.items()}
     return {**found, "seconds": np.array(time.perf_counter() - started)}
+
+
+def check_evaluate(workers: Workers) -> None:
+    """Run the user's metrics on the unquantized network, which is needed anyway.
+
+    Raises InvalidInputError where they are not a mapping of names to numbers, or one is infinite.
+    """
+    workload = workers.workload
+    if workload.evaluate is None:
+        return
+    whole = Candidate(name="unquantized", split="calibration", allocation=Allocation({}))
+    work = [(_key(workload, whole, _METRICS), (whole, _METRICS))]
+    (found,) = workers.finished("evaluating (unquantized)", run_candidate, work)
+    for name, value in _metrics(found).items():
+        if math.isinf(value):
+            raise InvalidInputError(
+                "evaluate",
+                f"evaluate returns {value} for {name!r} of the unquantized network: return a "
+                f"finite number, or nan where there is none",
+            )
+
+
+def _numbers(metrics: object, qualities: Collection[str]) -> dict[str, float]:
+    """Return what `evaluate` returned as numbers; raises InvalidInputError where it is not."""
+    asked = "return {name: number}"
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(
+            "evaluate", f"evaluate returns a {type(metrics).__name__}, {metrics!r:.40}: {asked}"
+        )
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise InvalidInputError("evaluate", f"evaluate returns the name {name!r}: {asked}")
+        if name in qualities:
+            raise InvalidInputError(
+                "evaluate",
+                f"evaluate returns {name!r}, which is the name of a quality as well: rename one",
+            )
+        try:
+            found[name] = float("text" if isinstance(value, str | bytes) else value)
+        except (TypeError, ValueError, RuntimeError) as error:  # of text, None, many elements
+            raise InvalidInputError(
+                "evaluate",
+                f"evaluate returns a {type(value).__name__}, {value!r:.40}, for {name!r}: {asked}",
+            ) from error
+    return found
 
 
 def _compared(
@@ -148,11 +196,4 @@ def _metrics(found: Partial) -> dict[str, float]:
         }
         for prefix in (_QUALITY, _METRIC)
     }
-    twice = by_prefix[_QUALITY].keys() & by_prefix[_METRIC].keys()
-    if twice:
-        raise InvalidInputError(
-            "evaluate",
-            f"evaluate returns {sorted(twice)[0]!r}, which is the name of a quality as well: "
-            f"rename one",
-        )
     return by_prefix[_QUALITY] | by_prefix[_METRIC]

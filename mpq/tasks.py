@@ -12,7 +12,6 @@ import torch
 
 from mpq.core.protocols import Executor, Partial
 from mpq.nn.batches import Batch, checked_call
-from mpq.nn.patch import evaluating
 from mpq.nn.shipping import ShippedWorkload, ship
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
@@ -38,8 +37,8 @@ class Bench:
         """Return the original network's output on one batch."""
         if (split, number) not in self._references:
             batch = self.batches(split)[number]
-            with evaluating(self.workload.model) as model, torch.no_grad():
-                output = checked_call(model, batch, f"{split} batch {number}")
+            with self.workload.evaluating(number, split), torch.no_grad():
+                output = checked_call(self.workload.model, batch, f"{split} batch {number}")
             self._references[split, number] = output
         return self._references[split, number]
 

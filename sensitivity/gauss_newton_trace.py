@@ -29,7 +29,7 @@ from mpq.core.layers import Layer
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Floats
 from mpq.nn.batches import cut, position_mask
-from mpq.nn.patch import evaluating, frozen
+from mpq.nn.patch import frozen
 from mpq.nn.replay import replay
 from mpq.nn.weights import layer_modules, weight_of
 from mpq.nn.workload import Workload
@@ -55,7 +55,7 @@ class GaussNewtonTrace:
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return "scores" of (cells, samples): omega of every cell and sample."""
         (number,) = task.part
-        with evaluating(workload.model), frozen(workload.model):
+        with workload.evaluating(number), frozen(workload.model):
             columns = _columns(workload, number)
             rows = columns or workload.num_probes
             found = [

@@ -21,7 +21,7 @@ import torch
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import Layer
 from mpq.core.tables import Floats
-from mpq.nn.patch import evaluating, frozen
+from mpq.nn.patch import frozen
 from mpq.nn.weights import layer_modules
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Gradients, Part, parts, probe_seeds
@@ -86,7 +86,7 @@ def local(workload: Workload, number: int, use: Callable[[LocalPart], Result]) -
     """Return what `use` makes of each part of calibration batch `number`; the model is borrowed."""
     rows = 1 if workload.loss is not None else workload.num_probes
     found = []
-    with evaluating(workload.model), frozen(workload.model):
+    with workload.evaluating(number), frozen(workload.model):
         for part in parts(workload, number, rows):
             seen = _backward(workload, part)
             with torch.no_grad():

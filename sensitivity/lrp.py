@@ -29,7 +29,7 @@ from mpq.core.layers import LayerGraph
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.nn.batches import position_mask
-from mpq.nn.patch import evaluating, frozen
+from mpq.nn.patch import frozen
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts
 from sensitivity.changes import Change
@@ -83,7 +83,7 @@ class Lrp:
         """
         (number,) = task.part
         composite = self._rules(workload)
-        with evaluating(workload.model), frozen(workload.model):
+        with workload.evaluating(number), frozen(workload.model):
             found = [
                 _arrived(workload, part, composite, self._error)
                 for part in parts(workload, number, 1)

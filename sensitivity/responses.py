@@ -33,7 +33,7 @@ import torch
 
 from mpq.core.problem import Allocation
 from mpq.nn.batches import position_mask
-from mpq.nn.patch import evaluating, frozen
+from mpq.nn.patch import frozen
 from mpq.nn.weights import layer_modules
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts, probe_seeds
@@ -55,7 +55,7 @@ def responses_of_batch(
 ) -> BatchResponses:
     """Return the responses of every cell to calibration batch `number`; the model is borrowed."""
     rows = workload.num_probes + (base is not None)
-    with evaluating(workload.model), frozen(workload.model):
+    with workload.evaluating(number), frozen(workload.model):
         found = [_responses(workload, part, base) for part in parts(workload, number, rows)]
     together = np.concatenate(found, axis=1)
     probes = workload.num_probes

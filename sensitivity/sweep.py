@@ -15,7 +15,6 @@ from torch import nn
 
 from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.nn.batches import Batch, checked_call, cut, num_samples
-from mpq.nn.patch import evaluating
 from mpq.nn.weights import layer_module, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.prefix import Prefix, used_elsewhere
@@ -53,7 +52,7 @@ def sweep(
     Cost: at most one forward pass for each variant, about half of that in a deep network.
     """
     batch = workload.calibration[number]
-    with evaluating(workload.model), torch.no_grad():
+    with workload.evaluating(number), torch.no_grad():
         generator = torch.get_rng_state()
         elsewhere = _used_elsewhere(workload, number, batch)
         torch.set_rng_state(generator)

@@ -20,16 +20,18 @@ Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer i
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+def evaluating(model: nn.Module, seed: int = 0) -> Iterator[nn.Module]:
     """Put every module in eval mode: no dropout, frozen batch norm.
 
-    Modes, the random generator and buffers that a forward pass writes to are restored.
+    What the network draws all the same (dropout as a function) begins at `seed`. Modes, the random
+    generator and buffers that a forward pass writes to are restored.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     generator = torch.get_rng_state()
     try:
         model.eval()
+        torch.default_generator.manual_seed(seed)
         yield model
     finally:
         for module, training in modes:

@@ -16,7 +16,8 @@ from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
 from mpq.nn.batches import Batch, checked_call
 from mpq.nn.divergence import OutputDivergence
-from mpq.nn.patch import quantized
+from mpq.nn.fingerprint import digest
+from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quality import Quality
 from mpq.nn.quantizers import WeightQuantizer
 
@@ -60,6 +61,11 @@ class Workload:
             quantizer=self.quantizer,
             limits=self.graph.input_ranges,
         )
+
+    def evaluating(self, number: int, split: str = "calibration") -> AbstractContextManager[object]:
+        """Return a context for passes over a batch: eval mode, random draws are of its content."""
+        keys = self.batch_keys if split == "calibration" else self.held_out_keys
+        return evaluating(self.model, int(digest(keys[number])[:12], 16) if keys else number)
 
     def output(self, number: int, batch: Batch) -> torch.Tensor:
         """Run the model on calibration batch `number` or a part of it."""
