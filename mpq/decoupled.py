@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,20 +48,6 @@ class Splits:
     allocations: Mapping[str, Allocation]
     tried: int
     infeasible: int
-
-
-def given_groups(asked: object) -> Literal["auto"] | dict[str, tuple[str, ...]]:
-    """Return quality groups as a job keeps them; raises InvalidInputError for anything else."""
-    if asked == "auto":
-        return "auto"
-    if not isinstance(asked, Mapping) or any(
-        isinstance(patterns, str) or not isinstance(patterns, Sequence)
-        for patterns in asked.values()
-    ):
-        raise InvalidInputError(
-            "quality_groups", f"quality_groups is 'auto' or {{quality: [patterns]}}, got {asked!r}"
-        )
-    return {name: tuple(patterns) for name, patterns in asked.items()}
 
 
 def check_groups(spec: JobSpec, graph: LayerGraph) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.core.errors import InvalidInputError, unknown
-from mpq.core.jobs import JobSpec
+from mpq.core.jobs import JobSpec, given_groups
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobSpec:
@@ -62,13 +62,16 @@ def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
             error = unknown("job key", key, fields)
             raise InvalidInputError(error.code, f"{where}: {error}")
     try:
-        return pydantic.TypeAdapter(JobSpec).validate_python(dict(content))
+        given = dict(content)
+        if "quality_groups" in given:
+            given["quality_groups"] = given_groups(given["quality_groups"])
+        return pydantic.TypeAdapter(JobSpec).validate_python(given)
     except InvalidInputError as error:
         raise InvalidInputError(error.code, f"{where}: {error}") from error
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise InvalidInputError(
-            "job_key", f"{where}: {key}: {first['msg'].lower()}{given}"
+            "job_key", f"{where}: {key}: {first['msg'].lower()}{got}"
         ) from error

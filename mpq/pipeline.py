@@ -20,14 +20,14 @@ from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
 from mpq.core.errors import InvalidInputError, MpqError, MpqWarning, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.jobs import Clip, Divergence, JobSpec, RunState
+from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.protocols import Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
-from mpq.decoupled import check_groups, decoupled, given_groups
-from mpq.evaluate import Candidate, measure
+from mpq.decoupled import check_groups, decoupled
+from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.export.packed import write_packed
 from mpq.intake import Given, graph_of, load, make_workload
 from mpq.limited import needs_metrics
@@ -236,6 +236,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     workers, run_id = prepared.workers, prepared.run_id
     store, workload = workers.store, workers.workload
     limits = [Limit.parse(text) for text in spec.limits]
+    check_evaluate(workers)
     with_metrics = needs_metrics(workers, limits, run_id)
     scores, others = _score(spec, prepared)
     problem = Problem(

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.jobs import JobSpec
+from mpq.core.jobs import JobSpec, given_groups
 from mpq.core.problem import Budget, Problem
 from mpq.core.tables import Cells, SensitivityTable
 from mpq.decoupled import (
     check_groups,
-    given_groups,
     groups_by_effect,
     groups_by_pattern,
     joint_scores,

@@ -170,3 +170,16 @@ def test_a_key_that_appears_twice_in_json_is_refused(tmp_path: Path, key: str) -
     (tmp_path / "job.json").write_text(text)
     with pytest.raises(InvalidInputError, match=rf"job\.json: the key '{key}' appears twice"):
         load_job(tmp_path / "job.json")
+
+
+@pytest.mark.parametrize("groups", ['content = "0"', "content = [3]", "content = 3"])
+def test_quality_groups_of_another_kind_are_told_as_in_python(tmp_path: Path, groups: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f"{TOML}[quality_groups]\n{groups}\n")
+    with pytest.raises(InvalidInputError, match=r"quality_groups is 'auto' or \{quality: \[patt"):
+        load_job(path)
+
+
+def test_a_quality_without_a_name_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="quality: '' is no name"):
+        parse_job({**SMALL, "quality": {"": "kl"}})

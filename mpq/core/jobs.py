@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal
@@ -75,6 +76,8 @@ class JobSpec:
                 raise InvalidInputError(
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
+        if "" in self.quality:
+            raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         wanted = self.precision
         if wanted is None or wanted == "settled":
             return
@@ -91,6 +94,22 @@ class JobSpec:
             raise InvalidInputError(
                 "job_value", f"{name}: a whole number from {least} on, got {value!r}"
             )
+
+
+def given_groups(asked: object) -> Literal["auto"] | dict[str, tuple[str, ...]]:
+    """Return quality groups as a job keeps them; raises InvalidInputError for anything else."""
+    if asked == "auto":
+        return "auto"
+    if not isinstance(asked, Mapping) or any(
+        isinstance(patterns, str)
+        or not isinstance(patterns, Sequence)
+        or not all(isinstance(pattern, str) for pattern in patterns)
+        for patterns in asked.values()
+    ):
+        raise InvalidInputError(
+            "quality_groups", f"quality_groups is 'auto' or {{quality: [patterns]}}, got {asked!r}"
+        )
+    return {name: tuple(patterns) for name, patterns in asked.items()}
 
 
 class RunState(enum.StrEnum):
