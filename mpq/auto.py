@@ -11,7 +11,7 @@ from mpq.adaptive import Enough
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
-from mpq.core.protocols import Scores
+from mpq.core.protocols import Scores, Task
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.evaluate import Candidate, measure
 from mpq.scoring import run_task, score
@@ -38,9 +38,10 @@ _CHEAP_FIRST = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What several metrics found, and why others found nothing."""
+    """What several metrics found and by which tasks, and why others found nothing."""
 
     scores: Mapping[str, Scores]
+    tasks: Mapping[str, Sequence[Task]]
     refused: Mapping[str, str]
 
 
@@ -106,15 +107,17 @@ def score_all(
     deadline = time.monotonic() + seconds
     refused: dict[str, MpqError | str] = {}
     scores: dict[str, Scores] = {}
+    tasks: dict[str, Sequence[Task]] = {}  # asked for once: keys may differ at each call
     for name in names:
         if scores and time.monotonic() > deadline:
             refused[name] = f"not tried: the {seconds:g} s are over"
             continue
         try:
-            needed = _seconds_left(workers, name) if scores else 0.0
+            tasks[name] = get_metric(name).tasks(workers.workload)
+            needed = _seconds_left(workers, name, tasks[name]) if scores else 0.0
             left = max(0.0, deadline - time.monotonic())
             if needed <= left or not scores:
-                scores[name] = score(workers, name, enough)
+                scores[name] = score(workers, name, enough, tasks=tasks[name])
             else:
                 refused[name] = (
                     f"would take about {needed:.0f} s more, {left:.0f} s of {seconds:g} s are left"
@@ -123,12 +126,14 @@ def score_all(
             refused[name] = error
     if not scores:
         raise next(reason for reason in refused.values() if isinstance(reason, MpqError))
-    return Scored(scores=scores, refused={name: str(why) for name, why in refused.items()})
+    return Scored(
+        scores=scores, tasks=tasks, refused={name: str(why) for name, why in refused.items()}
+    )
 
 
-def _seconds_left(workers: Workers, name: str) -> float:
+def _seconds_left(workers: Workers, name: str, of_metric: Sequence[Task]) -> float:
     """Do one task of a metric, unless all are done, and return what the others will take."""
-    tasks = {task.key: task for task in get_metric(name).tasks(workers.workload)}
+    tasks = {task.key: task for task in of_metric}
     done = workers.store.partial_seconds(tasks)
     missing = [key for key in tasks if key not in done]
     if not missing:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from mpq.jobfile import parse_job
 from mpq.pipeline import run
 from mpq.prepare import Prepared
 from mpq.progress import Bars, Progress, Silent
+from mpq.ranks import LEAST_PAIRS
 from mpq.referee import Examination, examine, verdict_line
 from mpq.store.store import Store, open_store
 from sensitivity import get_metric
@@ -37,7 +38,6 @@ _OF_A_SEARCH = (  # keys of a job that mean nothing here
     *("metric", "metric_seconds", "precision", "solver", "refine", "held_out", "evaluate"),
     *("quality", "quality_groups", "limits"),
 )
-_LEAST_ALLOCATIONS = 5  # for a rank correlation with an error bar
 
 
 def compare_metrics(
@@ -64,16 +64,14 @@ def compare_metrics(
     the calibration data, see RefereeReport for what is compared. The best candidate within the
     first of the budgets becomes the result of a stored run.
     """
-    if isinstance(budgets, str | Budget) or not budgets:
-        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    together = _together(budgets)
     for key in _OF_A_SEARCH:
         if key in job:
             raise InvalidInputError("job_key", f"compare_metrics makes no use of {key!r}")
-    together = [[one] if isinstance(one, str | Budget) else list(one) for one in budgets]
-    texts = [[b if isinstance(b, str) else budget_text(b) for b in one] for one in together]
+    texts = [[budget_text(b) if isinstance(b, Budget) else b for b in one] for one in together]
     parsed = [[BudgetText.parse(text) for text in one] for one in texts]
     for one, given_texts in zip(parsed, texts, strict=True):
-        if {b.cost for b in one} != {b.cost for b in parsed[0]} or not one:
+        if {b.cost for b in one} != {b.cost for b in parsed[0]}:
             raise InvalidInputError(
                 "budgets",
                 f"all of the budgets limit the same costs: {' and '.join(texts[0])!r} does, but "
@@ -108,12 +106,30 @@ def compare_job(
 
     They are judged at the job's budgets, and at limits of the first budgeted cost an eighth, a
     quarter and half of the way from its cheapest to its dearest allocation, as far as the other
-    budgets allow: in tight places, where metrics differ.
+    budgets allow: in tight places, where metrics differ. Keys that are for a search only, such as
+    limits, are ignored, which the run's log tells.
     """
     live = {key: getattr(spec, key) for key in ("model", "calibration", "loss", "sample")}
     asked = Asked.of(metrics, seconds, allocations)
-    spec = replace(spec, metric=AUTO)
-    return _compare(spec, live, asked, _spread, open_store(storage), progress or Silent())
+    plain = JobSpec(model=spec.model, calibration=spec.calibration, budgets=spec.budgets)
+    defaults: dict[str, Any] = {key: getattr(plain, key) for key in _OF_A_SEARCH}
+    ignored = [key for key, value in defaults.items() if getattr(spec, key) != value]
+    spec = replace(spec, **defaults | {"metric": AUTO})
+    store = open_store(storage)
+    return _compare(spec, live, asked, _spread, store, progress or Silent(), ignored)
+
+
+def _together(budgets: Any) -> list[list[str | Budget]]:
+    """Return the budgets of each setting; raises InvalidInputError where there are none."""
+    if isinstance(budgets, str | Budget) or not isinstance(budgets, Sequence) or not budgets:
+        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    for one in budgets:
+        if not isinstance(one, str | Budget | Sequence) or not one:
+            raise InvalidInputError(
+                "budgets",
+                f"each of budgets is a text such as 'memory <= 60%' or a list of them, got {one!r}",
+            )
+    return [[one] if isinstance(one, str | Budget) else list(one) for one in budgets]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +143,21 @@ class Asked:
     @classmethod
     def of(cls, metrics: Sequence[str] | None, seconds: float, allocations: int) -> Asked:
         """Check what was given; raises InvalidInputError."""
-        if isinstance(metrics, str) or (metrics is not None and not metrics):
+        if metrics is not None and (
+            isinstance(metrics, str) or not isinstance(metrics, Sequence) or not metrics
+        ):
             raise InvalidInputError("metrics", f"metrics is a list, got {metrics!r}: write [it]")
+        if not all(isinstance(name, str) and name for name in metrics or ()):
+            raise InvalidInputError("metrics", f"each of metrics is a name, got {metrics!r}")
         names = tuple(dict.fromkeys(metrics or known_metrics()))
         for name in names:
             get_metric(name)
-        if not 0 < seconds < math.inf:
+        if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
             raise InvalidInputError("seconds", f"a positive number of seconds, got {seconds!r}")
-        if not isinstance(allocations, Integral) or allocations < _LEAST_ALLOCATIONS:
+        if not isinstance(allocations, Integral) or allocations < LEAST_PAIRS:
             raise InvalidInputError(
                 "allocations",
-                f"allocations: a whole number from {_LEAST_ALLOCATIONS} on, got {allocations!r}",
+                f"allocations: a whole number from {LEAST_PAIRS} on, got {allocations!r}",
             )
         return cls(names, float(seconds), int(allocations))
 
@@ -169,10 +189,15 @@ def _compare(
     settings: Callable[[Prepared], list[Budgets]],
     store: Store,
     progress: Progress,
+    ignored: Sequence[str] = (),
 ) -> RefereeReport:
     reports = []
 
     def stages(spec: JobSpec, prepared: Prepared) -> None:
+        if ignored:
+            line = f"the job's {', '.join(ignored)}: not for comparing metrics"
+            progress.note(f"ignored {line}")
+            store.log(prepared.run_id, "ignored", line)
         examination = examine(
             prepared.workers,
             prepared.costs,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-_LEAST = 5  # pairs: with fewer there is no error bar
+LEAST_PAIRS = 5  # pairs: with fewer there is no error bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def _pearson(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
 def _mean(
     found: Sequence[tuple[float, int]], variance: float, freedom: int
 ) -> RankCorrelation | None:
-    known = [(r, n) for r, n in found if n >= _LEAST]
+    known = [(r, n) for r, n in found if n >= LEAST_PAIRS]
     if not known:
         return None
     errors = []

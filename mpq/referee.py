@@ -21,7 +21,6 @@ from mpq.random_allocations import random_allocations
 from mpq.ranks import kendall, spearman
 from mpq.scoring import run_task
 from mpq.tasks import Bench, Workers
-from sensitivity import get_metric
 
 _VERSION = 1  # of the memory measurement: part of its content keys
 
@@ -71,7 +70,7 @@ def examine(
     scored = score_all(workers, names, seconds)
     trial = _Trial(workers, costs, tuple(settings), randoms)
     contenders = [
-        trial.contender(name, scores, *_cost(workers, name))
+        trial.contender(name, scores, *_cost(workers, name, scored.tasks[name]))
         for name, scores in scored.scores.items()
     ]
     verdicts = in_order(trial.verdicts(contenders))
@@ -122,9 +121,8 @@ def watch_task(bench: Bench, work: tuple[str, Task]) -> Partial:
     return {"bytes": np.array(-1 if peak is None else peak)}
 
 
-def _cost(workers: Workers, name: str) -> tuple[float, int | None]:
+def _cost(workers: Workers, name: str, tasks: Sequence[Task]) -> tuple[float, int | None]:
     """Return the seconds of all tasks of a scored metric and the memory of the first."""
-    tasks = get_metric(name).tasks(workers.workload)
     seconds = math.fsum(workers.store.partial_seconds([task.key for task in tasks]).values())
     key = digest("memory of a task", _VERSION, tasks[0].key)
     (found,) = workers.finished(f"memory ({name})", watch_task, [(key, (name, tasks[0]))])

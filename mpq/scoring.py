@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -47,15 +47,17 @@ def score(
     metric_name: str,
     enough: Enough | None = None,
     tell: Callable[[str], None] | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> Scores:
     """Return the scores of every cell by a metric.
 
     With `enough` scoring ends after the first round of tasks (`Task.round`) that satisfies it:
     the scores are those of the calibration data seen so far, `tell` hears how much that was, and
-    a later scoring in full goes on from there.
+    a later scoring in full goes on from there. `tasks` are the metric's own: whoever looks their
+    keys up later gives them, as a loss without a fixed key has other keys at each call.
     """
     metric = get_metric(metric_name)
-    tasks = metric.tasks(workers.workload)
+    tasks = tasks if tasks is not None else metric.tasks(workers.workload)
     samples = sum(num_samples(batch) for batch in workers.workload.calibration)
     last = max((task.round for task in tasks), default=0)
     for number in sorted({task.round for task in tasks}) if enough else [last]:

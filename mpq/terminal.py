@@ -18,6 +18,7 @@ from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
+from mpq.ranks import LEAST_PAIRS
 from mpq.store.store import Store
 
 
@@ -143,6 +144,14 @@ def print_referee(report: RefereeReport, as_json: bool = False) -> None:
     console.print(_verdict_table(report))
     console.print()
     console.print(_regret_table(report))
+    if any(v.spearman is None for v in report.verdicts):
+        console.print(
+            Text(
+                f"no rank correlation: the budgets leave {report.num_random} different random "
+                f"allocations, {LEAST_PAIRS} at one of them are needed",
+                "dim",
+            )
+        )
     for name, reason in report.refused.items():
         console.print(Text(f"{name} left out: {reason}", "dim"))
     console.print(Text.assemble("picked: ", (report.picked, "bold")))

@@ -19,13 +19,16 @@ from torch import nn
 import mpq
 from mpq.auto import known_metrics
 from mpq.cli import main
+from mpq.compare import compare_job
 from mpq.core.evaluation import CHOSEN
 from mpq.core.problem import Budget, Problem
 from mpq.core.protocols import Scores, Task
+from mpq.jobfile import parse_job
 from mpq.peak_memory import peak_bytes
 from mpq.random_allocations import random_allocations
 from mpq.ranks import kendall, ranks, spearman
 from mpq.store.store import Store, open_store
+from mpq.terminal import print_referee
 from sensitivity import METRICS
 from sensitivity.kl import Kl
 from sensitivity.tasks import refuse_activations
@@ -289,10 +292,19 @@ def test_without_any_metric_the_first_reason_is_raised(store: Store) -> None:
         ({"budgets": []}, "budgets is a list"),
         ({"budgets": "memory <= 40%"}, "budgets is a list, got 'memory <= 40%'"),
         ({"budgets": ["memory <= 40%", "bops <= 20%"]}, "'memory <= 40%' does, but not"),
-        ({"budgets": ["memory <= 40%", []]}, "all of the budgets limit the same costs"),
+        ({"budgets": ["memory <= 40%", []]}, r"each of budgets is a text such as .*, got \[\]"),
         ({"allocations": 4}, "a whole number from 5 on, got 4"),
         ({"seconds": 0}, "a positive number of seconds, got 0"),
         ({"seconds": math.nan}, "a positive number of seconds, got nan"),
+        ({"seconds": "a"}, "a positive number of seconds, got 'a'"),
+        ({"seconds": None}, "a positive number of seconds, got None"),
+        ({"metrics": ["kl", ""]}, r"each of metrics is a name, got \['kl', ''\]"),
+        ({"metrics": ["kl", 3]}, r"each of metrics is a name, got \['kl', 3\]"),
+        ({"metrics": 3}, "metrics is a list, got 3: write"),
+        ({"budgets": 3}, "budgets is a list, got 3: write"),
+        ({"budgets": [3]}, "each of budgets is a text such as .*, got 3"),
+        ({"budgets": [[]]}, r"each of budgets is a text such as .*, got \[\]"),
+        ({"budgets": [[3]]}, "a budget is a text such as .*, got 3"),
         ({"metric": "kl"}, "compare_metrics makes no use of 'metric'"),
         ({"clipp": "mse"}, "compare_metrics: unknown job key 'clipp': did you mean 'clip'"),
     ],
@@ -392,6 +404,62 @@ def test_what_would_take_too_long_is_left_out_after_one_task(
     assert [v.metric for v in report.verdicts] == ["gauss_newton"]
     assert report.refused["slow"].startswith("would take about ")
     assert Slow.ran == 1
+
+
+def test_stored_predictions_are_what_was_solved_where_scores_are_negative(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(monkeypatch, kl=lambda values, units: np.where(units == 0, -values, values))
+    report = compare(store, metrics=["kl"])
+    result = mpq.SearchResult(store, report.run_id)
+    assert (store.sensitivity(report.run_id).values < 0).any()
+    for e in result.evaluation:
+        assert e.allocation is not None
+        choice = e.allocation.choice(result.problem.cells)
+        assert e.predicted == pytest.approx(result.problem.score(choice))
+
+
+class Squares:
+    """A loss that is an object, whose key is another at each call."""
+
+    def __call__(self, output: torch.Tensor, batch: Any) -> torch.Tensor:
+        return output.square().mean()
+
+
+def test_time_is_known_where_the_loss_has_no_fixed_key(store: Store) -> None:
+    report = compare(store, metrics=["kl", "taylor"], loss=Squares())
+    assert {v.metric for v in report.verdicts} >= {"kl", "taylor"}
+    assert all(v.seconds > 0 for v in report.verdicts)
+
+
+def test_what_only_a_search_does_is_ignored_and_told(store: Store) -> None:
+    spec = parse_job(
+        {
+            "model": "tests.test_pipeline:make_net",
+            "calibration": "tests.test_referee:batches",
+            "held_out": "tests.test_referee:no_such_function",
+            "quality": {"fidelity": "kl"},
+            "limits": ["fidelity >= 1e9"],
+            "budgets": BUDGETS[:1],
+            "schemes": SCHEMES,
+            "executor": "serial",
+        }
+    )
+    report = compare_job(spec, metrics=["kl"], allocations=5, storage=store)
+    (line,) = [e.message for e in store.events(report.run_id) if e.kind == "ignored"]
+    assert line == "the job's held_out, quality, limits: not for comparing metrics"
+    kept = store.run(report.run_id).spec
+    assert (kept.held_out, kept.quality, kept.limits) == (None, {}, ())
+
+
+def test_why_there_is_no_rank_correlation_is_told(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = compare(store, metrics=["kl"], budgets=["memory <= uniform int2"])
+    assert report.verdicts[0].spearman is None
+    print_referee(report)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "no rank correlation" in x]
+    assert "leave 1 different random allocations, 5 at one of them are needed" in line
 
 
 # --- metric "auto" ---------------------------------------------------------------------------
