@@ -579,3 +579,33 @@ def test_a_pin_that_cannot_be_is_one_line(store: Store, pin: Any, says: str) -> 
     result = search(store, model=Fused(), groups=[["attn.q_proj", "attn.k_proj"]])
     with pytest.raises(InvalidInputError, match=re.escape(says)):
         result.solve(["memory <= 90%"], pin=pin)
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (0.5, "evaluate returns a float, 0.5: return {name: number}"),
+        (None, "evaluate returns a NoneType"),
+        ({"accuracy": "high"}, "a str, 'high', for 'accuracy'"),
+        ({"accuracy": "0.5"}, "a str, '0.5', for 'accuracy'"),
+        ({"accuracy": torch.ones(2)}, "a Tensor"),
+        ({1: 0.5}, "the name 1"),
+        ({"sqnr": 0.5}, "'sqnr', which is the name of a quality as well"),
+        ({"accuracy": float("-inf")}, "-inf for 'accuracy' of the unquantized network"),
+    ],
+)
+def test_what_evaluate_returns_is_checked_before_anything_is_scored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, returned: Any, says: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("scored before evaluate was checked")
+
+    monkeypatch.setattr("sensitivity.gauss_newton.GaussNewton.run", never)
+    refused(store, says, evaluate=lambda model: returned, quality={"sqnr": "sqnr"})
+
+
+def test_evaluate_may_return_nan_and_tensors_of_one_number(store: Store) -> None:
+    result = search(store, evaluate=lambda model: {"a": float("nan"), "b": torch.ones(1)})
+    (whole,) = [e for e in result.evaluation if e.candidate == "unquantized"]
+    assert math.isnan(whole.metrics["a"])
+    assert whole.metrics["b"] == 1.0
