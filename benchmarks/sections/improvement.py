@@ -75,8 +75,8 @@ def compare(case: str, storage: Path, refine: int = 8) -> str:
     metrics = " ".join(f"{k} {v:.4f}" for k, v in held[CHOSEN].metrics.items())
     beside = "" if uniform is None else " ".join(f"{v:.4f}" for v in uniform.metrics.values())
     return (
-        f"{name:16} {clip:7} {bits:4} {tried['additive'].mean:9.5f} {tried['pairs'].mean:9.5f} "
-        f"{tried['pairs'].mean / tried['additive'].mean:6.2f} {tried[CHOSEN].mean:9.5f} "
+        f"{name:16} {clip:7} {bits:4} {tried['additive'].mean:9.3g} {tried['pairs'].mean:9.3g} "
+        f"{tried['pairs'].mean / tried['additive'].mean:6.2f} {tried[CHOSEN].mean:9.3g} "
         f"{tried[CHOSEN].mean / unrefined:6.2f}  {held[CHOSEN].mean:9.5f} "
         f"{'' if uniform is None else f'{uniform.mean:.5f}':>9} "
         f"{time.perf_counter() - started:6.0f} s  {metrics} ({beside})"
