@@ -24,8 +24,8 @@ from mpq.core.referee import MetricVerdict, RefereeReport
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 if TYPE_CHECKING:
-    from mpq.compare import compare_metrics
     from mpq.pipeline import run_job, search
+    from mpq.referee.compare import compare_metrics
     from mpq.result import SearchResult
     from mpq.store.store import open_store
     from solvers import solve
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 _LATER = {
     "SearchResult": "mpq.result",
-    "compare_metrics": "mpq.compare",
+    "compare_metrics": "mpq.referee.compare",
     "open_store": "mpq.store.store",
     "run_job": "mpq.pipeline",
     "search": "mpq.pipeline",

@@ -81,8 +81,8 @@ def referee(
     spec = load_job(job, {"executor": executor} if executor else {})
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
 
-    from mpq.compare import compare_job
     from mpq.progress import Bars
+    from mpq.referee.compare import compare_job
 
     report = compare_job(
         spec,

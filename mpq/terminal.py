@@ -18,7 +18,7 @@ from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
-from mpq.ranks import LEAST_PAIRS
+from mpq.referee.ranks import LEAST_PAIRS
 from mpq.store.store import Store
 
 

@@ -19,14 +19,14 @@ from torch import nn
 import mpq
 from mpq.auto import known_metrics
 from mpq.cli import main
-from mpq.compare import compare_job
 from mpq.core.evaluation import CHOSEN
 from mpq.core.problem import Budget, Problem
 from mpq.core.protocols import Scores, Task
 from mpq.jobfile import parse_job
-from mpq.peak_memory import peak_bytes
-from mpq.random_allocations import random_allocations
-from mpq.ranks import kendall, ranks, spearman
+from mpq.referee.compare import compare_job
+from mpq.referee.peak_memory import peak_bytes
+from mpq.referee.random_allocations import random_allocations
+from mpq.referee.ranks import kendall, ranks, spearman
 from mpq.store.store import Store, open_store
 from mpq.terminal import print_referee
 from sensitivity import METRICS

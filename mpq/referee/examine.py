@@ -16,9 +16,9 @@ from mpq.core.referee import Budgets, MetricVerdict, RefereeReport
 from mpq.core.tables import BLEND, CostTable, SensitivityTable
 from mpq.evaluate import Candidate, measure
 from mpq.nn.fingerprint import digest
-from mpq.peak_memory import peak_bytes
-from mpq.random_allocations import random_allocations
-from mpq.ranks import kendall, spearman
+from mpq.referee.peak_memory import peak_bytes
+from mpq.referee.random_allocations import random_allocations
+from mpq.referee.ranks import kendall, spearman
 from mpq.scoring import run_task
 from mpq.tasks import Bench, Workers
 

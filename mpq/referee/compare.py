@@ -26,8 +26,8 @@ from mpq.jobfile import parse_job
 from mpq.pipeline import run
 from mpq.prepare import Prepared
 from mpq.progress import Bars, Progress, Silent
-from mpq.ranks import LEAST_PAIRS
-from mpq.referee import Examination, examine, verdict_line
+from mpq.referee.examine import Examination, examine, verdict_line
+from mpq.referee.ranks import LEAST_PAIRS
 from mpq.store.store import Store, open_store
 from sensitivity import get_metric
 

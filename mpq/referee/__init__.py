@@ -1,0 +1,1 @@
+"""The referee: which sensitivity metric to believe on a network, by real measurements."""
