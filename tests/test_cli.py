@@ -91,6 +91,18 @@ def test_json_is_the_only_thing_on_standard_output(folder: Path) -> None:
     assert run["id"] == view["id"]
 
 
+def test_scores_in_other_units_stand_beside_no_measurement(folder: Path) -> None:
+    (folder / "taylor.toml").write_text(_JOB + 'metric = "taylor"\n')
+    options = ("--storage", "taylor.db", "--report", "taylor.html")
+    done = mpq(folder, "run", "taylor.toml", *options)
+    assert done.returncode == 0, done.stderr
+    told = "cores of taylor are not in units of the divergence"
+    for text in (done.stdout, (folder / "taylor.html").read_text()):
+        assert told in text
+        assert "sum of parts" not in text
+        assert "Sum of the units" not in text
+
+
 def test_solve_chooses_again_without_the_model(folder: Path) -> None:
     (folder / "toy.py").rename(folder / "gone.py")
     try:
