@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from solvers.knapsack import Knapsack
 from solvers.lagrange import Dual
 
 _LISTED = 1 << 14  # choices of half a core
+_DEEPEST = 60  # branchings, one inside the other
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,13 +66,13 @@ class Branches:
     deadline: float
     nodes: int = field(default=0, init=False)
 
-    def complete(self, core: Core, dual: Dual) -> bool:
+    def complete(self, core: Core, dual: Dual, deep: int = 0) -> bool:
         """Search a core, its dual given; tell whether no choice was left out."""
         threshold = min(self.threshold, self.best.worth)
         if dual.bound >= threshold:
             return True
         self.nodes += 1
-        if self.nodes > self.most_nodes or time.monotonic() > self.deadline:
+        if self.nodes > self.most_nodes or deep > _DEEPEST or time.monotonic() > self.deadline:
             return False
         keep = dual.reduced < threshold - dual.bound
         keep[dual.least] = True
@@ -81,18 +83,16 @@ class Branches:
         if found.complete:
             return found.choice is None or self.best.offer(self.knapsack, found.choice)
         return all(
-            self.complete(child, child.dual(child.better_prices(dual.prices)))
+            self.complete(child, child.dual(child.better_prices(dual.prices)), deep + 1)
             for child in self._children(core, dual)
         )
 
-    def _children(self, core: Core, dual: Dual) -> list[Core]:
-        """Return the core with each entry of its widest unit, the most promising first."""
+    def _children(self, core: Core, dual: Dual) -> Iterator[Core]:
+        """Yield the core with each entry of its widest unit, the most promising first."""
         unit = int((dual.prices * core.sizes @ core.widths()).argmax())
         begin, end = core.starts[unit], core.starts[unit + 1]
-        children = []
         for entry in begin + np.argsort(dual.reduced[begin:end], kind="stable"):
             only = np.ones(len(core.entries), np.bool_)
             only[begin:end] = False
             only[entry] = True
-            children.append(core.part(only))
-        return children
+            yield core.part(only)

@@ -14,7 +14,7 @@ from solvers.search import exact_sum
 
 _SAMPLE = 1000  # units that the first guess of the prices looks at
 _ROUNDING = 1e-13  # of a sum of a few products of positive numbers
-_PRECISION = 1e-9  # of the dual's value
+_PRECISION = 1e-14  # of the dual's value
 _RESTARTS = 60
 
 
@@ -94,11 +94,11 @@ def climb(
 ) -> tuple[Floats, float, bool]:
     """Return the best prices within a ball, the dual there, and whether they are inside it."""
     m = len(slack)
-    vectors = np.zeros((6, m))
+    vectors = np.zeros((7, m))
     vectors[0] = start
-    active, shape = np.empty(len(starts) - 1, np.int64), np.empty((m, m))
+    active, axes = np.empty(len(starts) - 1, np.int64), np.empty((m, m))
     value, inside = ascend(
-        objective, weights, slack, starts, radius, _PRECISION, active, shape, vectors
+        objective, weights, slack, starts, radius, _PRECISION, active, axes, vectors
     )
     return vectors[1], value, inside
 
@@ -166,22 +166,23 @@ def ascend(
     radius: float,
     precision: float,
     active: Indices,
-    shape: Floats,
+    axes: Floats,
     vectors: Floats,
 ) -> tuple[float, bool]:
     """Maximise the dual over prices >= 0, begun in a ball around `vectors[0]`.
 
     Returns the value at the best prices, which `vectors[1]` becomes, and whether they are
-    clearly inside the ball. `active` (units,), `shape` (m, m) and `vectors` (6, m) are room to
+    clearly inside the ball. `active` (units,), `axes` (m, m) and `vectors` (7, m) are room to
     work in.
     """
-    start, prices, centre, slope, step, frozen = (
+    start, prices, centre, slope, step, frozen, turn = (
         vectors[0],
         vectors[1],
         vectors[2],
         vectors[3],
         vectors[4],
         vectors[5],
+        vectors[6],
     )
     m, num_active = len(slack), len(active)
     ball = radius * float(m) ** 0.5
@@ -189,7 +190,7 @@ def ascend(
         centre[k] = prices[k] = start[k]
         frozen[k] = 0.0
         for j in range(m):
-            shape[k, j] = ball * ball if j == k else 0.0
+            axes[k, j] = ball if j == k else 0.0
     for u in range(num_active):
         active[u] = u
     frozen_value, best, ceiling, freezing = 0.0, -1e308, 1e308, 0
@@ -223,10 +224,12 @@ def ascend(
                     for i in range(starts[u], starts[u + 1]):
                         above, spread = objective[i] - objective[at], 0.0
                         for k in range(m):
-                            change = weights[k, i] - weights[k, at]
-                            above += centre[k] * change
-                            for j in range(m):
-                                spread += change * shape[k, j] * (weights[j, i] - weights[j, at])
+                            above += centre[k] * (weights[k, i] - weights[k, at])
+                        for j in range(m):
+                            along = 0.0
+                            for k in range(m):
+                                along += (weights[k, i] - weights[k, at]) * axes[k, j]
+                            spread += along * along
                         unsure = above <= 1e-12 * least or above * above <= 1.001 * spread
                         if i != at and unsure:
                             settled = False
@@ -251,12 +254,12 @@ def ascend(
                 slope[k] = 1.0 if k == worst else 0.0
             depth = -centre[worst]
         length = 0.0
-        for k in range(m):
-            step[k] = 0.0
-            for j in range(m):
-                step[k] += shape[k, j] * slope[j]
-            length += slope[k] * step[k]
-        length = max(length, 0.0) ** 0.5
+        for j in range(m):
+            turn[j] = 0.0
+            for k in range(m):
+                turn[j] += axes[k, j] * slope[k]
+            length += turn[j] * turn[j]
+        length = length**0.5
         if inside:
             ceiling = min(ceiling, value + length)
             if ceiling - best <= precision * abs(best):
@@ -264,17 +267,21 @@ def ascend(
         if depth >= length:
             break
         alpha = depth / length
+        for j in range(m):
+            turn[j] /= length
         for k in range(m):
-            step[k] /= length
+            step[k] = 0.0
+            for j in range(m):
+                step[k] += axes[k, j] * turn[j]
             centre[k] += (1 + m * alpha) / (m + 1) * step[k]
         if m == 1:
-            shape[0, 0] *= (1 - alpha) ** 2 / 4
+            axes[0, 0] *= (1 - alpha) / 2
             continue
-        grow = m * m / (m * m - 1.0) * (1 - alpha * alpha)
-        rank = 2 * (1 + m * alpha) / ((m + 1) * (1 + alpha))
+        grow = (m * m / (m * m - 1.0) * (1 - alpha * alpha)) ** 0.5
+        shrink = 1 - max(0.0, 1 - 2 * (1 + m * alpha) / ((m + 1) * (1 + alpha))) ** 0.5
         for k in range(m):
             for j in range(m):
-                shape[k, j] = grow * (shape[k, j] - rank * step[k] * step[j])
+                axes[k, j] = grow * (axes[k, j] - shrink * step[k] * turn[j])
     far = 0.0
     for k in range(m):
         far += (prices[k] - start[k]) ** 2

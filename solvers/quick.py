@@ -104,6 +104,7 @@ class _Search:
         units, whole = len(knapsack.starts) - 1, Core.whole(knapsack, limits)
         most = float(np.maximum.reduceat(knapsack.objective, knapsack.starts[:-1]).sum())
         depth = float(_smallest(dual.reduced, units + _FIRST).max()) or most or 1.0
+        depth = max(depth, 1e-12 * abs(dual.bound))
         while time.monotonic() < self.deadline:
             threshold = dual.bound + depth
             if dual.bound + 1.5 * depth >= self.best.worth:
