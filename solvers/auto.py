@@ -18,11 +18,17 @@ from solvers.quick import minimise_quickly
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auto:
-    """Multiple-choice knapsack by Lagrangian dual and exact search of the core that it leaves."""
+    """Multiple-choice knapsack by Lagrangian dual and exact search of the core that it leaves.
+
+    OPTIMAL when proven; otherwise FEASIBLE with its bound, within `gap` of it unless stopped by
+    `time_limit_s`. With a proven gap of at most `gap`, the search for a proof that nothing is
+    better ends after `effort` branches; `gap` 0 always asks for it. Deterministic as long as it
+    is not stopped. Between equal scores it chooses as solver "ilp" does, up to 10,000 units.
+    """
 
     name: str = "auto"
     gap: float = 1e-4
-    effort: int = 20
+    effort: int = 10
     time_limit_s: float = 60.0
 
     def solve(self, problem: Problem) -> Solution:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.formats import Scheme
 from mpq.core.problem import Allocation, Infeasibility, Problem, Solution, Status
 from mpq.core.tables import Cells, Indices
 from solvers.pairwise import pairwise_score
@@ -16,6 +17,8 @@ Score = Callable[[Problem, Indices], float]
 
 # What `Solution.score` of a solver means; of all others the additive score.
 SCORES: Mapping[str, Score] = {"pairs": pairwise_score}
+
+_FEW = 20  # tuples of schemes that are told apart by identity
 
 
 def score_of(solver: str) -> Score:
@@ -93,10 +96,14 @@ def check(problem: Problem, solution: Solution) -> Solution:
 
 
 def _check_allocation(problem: Problem, solution: Solution, allocation: Allocation) -> None:
-    if set(allocation) != set(problem.cells.units):
+    try:
+        schemes = [allocation[unit] for unit in problem.cells.units]
+    except KeyError:
+        schemes = []
+    if not len(allocation) == len(schemes) == len(problem.cells.units):
         raise _inconsistent(solution, "its allocation covers other units than the problem")
     try:
-        choice = _choice(problem.cells, allocation)
+        choice = _choice(problem.cells, schemes)
     except InvalidInputError as error:
         raise _inconsistent(solution, str(error)) from error
     if solution.totals != problem.totals(choice):
@@ -119,17 +126,19 @@ def _check_allocation(problem: Problem, solution: Solution, allocation: Allocati
         raise _inconsistent(solution, f"{solution.status} with a gap of {solution.gap}")
 
 
-def _choice(cells: Cells, allocation: Allocation) -> Indices:
-    """Return `allocation.choice(cells)`, quickly where units share their tuples of schemes."""
-    known: dict[tuple[int, int], int] = {}
-    places = np.empty(len(cells.units), np.int64)
-    for number, (unit, schemes) in enumerate(zip(cells.units, cells.schemes, strict=True)):
-        scheme = allocation[unit]
-        key = id(schemes), id(scheme)
-        if key not in known:
-            known[key] = cells.index((unit, scheme)) - int(cells.offsets[number])
-        places[number] = known[key]
-    return cells.offsets[:-1] + places
+def _choice(cells: Cells, chosen: list[Scheme]) -> Indices:
+    """Return the cell of each unit's scheme, quickly where units share their tuples of schemes."""
+    taken = np.fromiter(map(id, chosen), np.int64, len(chosen))
+    group = np.fromiter(map(id, cells.schemes), np.int64, len(chosen))
+    choice = np.full(len(chosen), -1)
+    if len(shared := {id(schemes): schemes for schemes in cells.schemes}) <= _FEW:
+        for number, schemes in shared.items():
+            for place, scheme in enumerate(schemes):
+                here = (group == number) & (taken == id(scheme))
+                choice[here] = cells.offsets[:-1][here] + place
+    for unit in np.flatnonzero(choice < 0).tolist():
+        choice[unit] = cells.index((cells.units[unit], chosen[unit]))
+    return choice
 
 
 def _inconsistent(solution: Solution, what: str) -> RunFailedError:

@@ -51,8 +51,7 @@ def maximise_dual(knapsack: Knapsack) -> Dual | None:
             knapsack.objective, knapsack.weights, knapsack.starts, knapsack.slack, priced
         )
 
-    radius = 4.0 * _price_scale(objective, weights, knapsack.starts)
-    prices = np.full(len(weights), radius / 2)
+    prices, radius = _start(objective, weights, knapsack.starts)
     found, inside = at(prices), False
     for _ in range(_RESTARTS):
         prices, _, inside = climb(
@@ -101,6 +100,21 @@ def climb(
         objective, weights, slack, starts, radius, _PRECISION, active, axes, vectors
     )
     return vectors[1], value, inside
+
+
+def _start(objective: Floats, weights: Floats, starts: Indices) -> tuple[Floats, float]:
+    """Return prices to begin with, of many units the best of a sample, and how far to look."""
+    radius = 4.0 * _price_scale(objective, weights, starts)
+    prices, step = np.full(len(weights), radius / 2), (len(starts) - 1) // (10 * _SAMPLE)
+    if step < 2:
+        return prices, radius
+    sizes = np.diff(starts)
+    units = np.arange(0, len(sizes), step)
+    entries = np.concatenate([np.arange(starts[u], starts[u + 1]) for u in units])
+    slack = np.full(len(weights), len(units) / len(sizes))
+    begins = np.concatenate([[0], np.cumsum(sizes[units])])
+    found, _, inside = climb(objective[entries], weights[:, entries], slack, begins, prices, radius)
+    return (found, 0.1 * float(found.max())) if inside else (prices, radius)
 
 
 def _price_scale(objective: Floats, weights: Floats, starts: Indices) -> float:

@@ -22,7 +22,7 @@ _FIRST = 24  # entries beyond one per unit in the first core
 _MOST_NODES = 2000  # some seconds
 _MAX_ENTRIES = 4000  # of a core, beyond one per unit
 _REPAIRABLE = 100_000  # entries from which on changing units one by one takes too long
-_REPAIRS = 60
+_REPAIRS = 20
 
 
 def minimise_quickly(

@@ -1,0 +1,125 @@
+"""How fast and how exact solver "auto" is, next to PuLP with CBC.
+
+Heavy-tailed synthetic instances, two budgets, gap 1e-4, warm, one thread; tight: 5 % of range.
+Run: python benchmarks/solvers.py [units ...]
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from mpq.core.formats import parse_scheme
+from mpq.core.problem import Budget, Problem
+from mpq.core.tables import Cells, CostTable, SensitivityTable
+from solvers.auto import Auto
+
+SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16")
+SEEDS = {500: 20, 5000: 20, 1_000_000: 1}
+
+
+def instance(units: int, *, tight: float, seed: int) -> Problem:
+    rng = np.random.default_rng(seed)
+    shape = (units, len(SCHEMES))
+    size = np.exp(rng.normal(0, 1, (units, 1)))
+    loss = np.exp(rng.normal(0, 2, (units, 1))) * np.sort(rng.random(shape))[:, ::-1] ** 2
+    memory = np.round(1e6 * size * np.sort(rng.random(shape)))
+    latency = 1e-3 * size * rng.random(shape)  # not monotone in bits
+    small = np.argmin(memory / memory.mean() + latency / latency.mean(), axis=1)[:, None]
+    cells = Cells(
+        units=tuple(f"unit{u}" for u in range(units)),
+        schemes=(tuple(map(parse_scheme, SCHEMES)),) * units,
+    )
+    costs = {"memory": ("bytes", memory), "latency": ("s", latency)}
+    return Problem(
+        sensitivity=SensitivityTable(
+            metric="synthetic", cells=cells, values=loss.ravel(), stderr=np.zeros(len(cells))
+        ),
+        costs={n: CostTable.exact(n, unit, cells, v.ravel()) for n, (unit, v) in costs.items()},
+        budgets=tuple(Budget(n, _limit(values, small, tight)) for n, (_, values) in costs.items()),
+    )
+
+
+def _limit(values: np.ndarray, small: np.ndarray, tight: float) -> float:
+    low = np.take_along_axis(values, small, 1).sum()
+    return float(low + tight * (values.max(axis=1).sum() - low))
+
+
+def cbc_seconds(problem: Problem) -> float:
+    """Solve by PuLP and CBC to the same gap, building the model included."""
+    import pulp
+
+    start = time.perf_counter()
+    program, offsets = pulp.LpProblem("cbc", pulp.LpMinimize), problem.cells.offsets
+    x = [program.add_variable(f"x{i}", 0, 1, pulp.LpInteger) for i in range(len(problem.cells))]
+    program += pulp.lpDot(problem.sensitivity.values.tolist(), x)
+    for u in range(len(offsets) - 1):
+        program += pulp.lpSum(x[offsets[u] : offsets[u + 1]]) == 1
+    for budget in problem.budgets:
+        row = problem.costs[budget.cost].values / budget.limit
+        program += pulp.lpDot(row.tolist(), x) <= 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=1e-4, timeLimit=60))
+    return time.perf_counter() - start
+
+
+def speed(units: int, tight: float) -> None:
+    spent, gaps, ratios = [], [], []
+    for seed in range(SEEDS.get(units, 5)):
+        problem = instance(units, tight=tight, seed=seed)
+        start = time.perf_counter()
+        solution = Auto().solve(problem)
+        spent.append(time.perf_counter() - start)
+        gaps.append(solution.gap)
+        if units <= 500 and seed < 5:
+            ratios.append(cbc_seconds(problem) / spent[-1])
+    cbc = f"{np.median(ratios):8.0f}" if ratios else "       -"
+    print(
+        f"{units:8d} x 8 {tight:6.2f} {len(spent):6d} {1e3 * np.median(spent):10.1f} "
+        f"{1e3 * max(spent):10.1f} {max(gaps):10.1e} {cbc}",
+        flush=True,
+    )
+
+
+COLD = """
+import time
+start = time.perf_counter()
+from benchmarks.solvers import Auto, instance
+Auto().solve(instance(100, tight=0.3, seed=0))
+print(time.perf_counter() - start)
+"""
+
+
+def cold_seconds() -> float:
+    """Return what the first solve takes in a new process, imports included."""
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", COLD], capture_output=True, text=True, check=True, cwd=root
+    )
+    return float(found.stdout)
+
+
+def main() -> None:
+    Auto().solve(instance(50, tight=0.3, seed=0))  # compiles where that was never done
+    print(f"first solve in a new process: {cold_seconds():.2f} s\n")
+    print("   units   tight  seeds  median ms     max ms    max gap  times CBC")
+    for units in [int(float(text)) for text in sys.argv[1:]] or SEEDS:
+        for tight in (0.3,) if units > 100_000 else (0.3, 0.05):
+            speed(units, tight)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+    print(f"\npeak memory: {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
