@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mpq
-from benchmarks.sketch import compare
+from benchmarks.sections.sketch import compare
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.jobfile import load_job
 

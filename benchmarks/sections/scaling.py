@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16"]
-SIZES = [(10, 2), (20, 2), (30, 2), (30, 4), (30, 8)]  # (blocks, samples)
+SIZES = [(10, 2), (20, 2), (30, 2), (30, 4)]  # (blocks, samples)
 
 
 def held_bytes() -> int:
