@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from mpq.core.problem import Problem, Solution
 from mpq.core.tables import Indices
 from solvers.check import finish
+from solvers.exact import Minimise, minimise
 from solvers.ilp import cheapest_of_equal_score
 from solvers.infeasible import explain
 from solvers.knapsack import cheapest
-from solvers.quick import minimise_quickly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,32 +24,31 @@ class Auto:
     OPTIMAL when proven; otherwise FEASIBLE with its bound, within `gap` of it unless stopped by
     `time_limit_s`. With a proven gap of at most `gap`, the search for a proof that nothing is
     better ends after `effort` branches; `gap` 0 always asks for it. Deterministic as long as it
-    is not stopped. Between equal scores it chooses as solver "ilp" does, up to 10,000 units.
+    is not stopped. Between equal scores it chooses as solver "ilp" does, up to 10,000 units. Up to
+    `few_cells` cells are left to the integer program at once: loading the compiled search takes
+    longer than that.
     """
 
     name: str = "auto"
     gap: float = 1e-4
     effort: int = 10
     time_limit_s: float = 60.0
+    few_cells: int = 2_000
 
     def solve(self, problem: Problem) -> Solution:
         """Return the allocation of least additive score that meets every budget."""
         start = time.monotonic()
-        least = minimise_quickly(
-            problem,
-            problem.sensitivity.values,
-            problem.budgets,
-            gap=self.gap,
-            effort=self.effort,
-            time_limit_s=self.time_limit_s,
+        first, minimiser = self._minimisers(problem)
+        least = first(
+            problem, problem.sensitivity.values, problem.budgets, time_limit_s=self.time_limit_s
         )
         choice, infeasibility = least.choice, None
         if choice is not None:
             choice = _undominated(problem, choice)
             left = self.time_limit_s - (time.monotonic() - start)
-            choice = cheapest_of_equal_score(problem, choice, minimise_quickly, time_limit_s=left)
+            choice = cheapest_of_equal_score(problem, choice, minimiser, time_limit_s=left)
         elif least.proven:
-            infeasibility = explain(problem, time_limit_s=self.time_limit_s, by=minimise_quickly)
+            infeasibility = explain(problem, time_limit_s=self.time_limit_s, by=minimiser)
         return finish(
             problem,
             self.name,
@@ -58,6 +58,14 @@ class Auto:
             seconds=time.monotonic() - start,
             infeasibility=infeasibility,
         )
+
+    def _minimisers(self, problem: Problem) -> tuple[Minimise, Minimise]:
+        """Return what finds the choice, and what answers the questions after it, to the end."""
+        if len(problem.cells) <= self.few_cells:
+            return minimise, minimise
+        from solvers.quick import minimise_quickly
+
+        return partial(minimise_quickly, gap=self.gap, effort=self.effort), minimise_quickly
 
 
 def _undominated(problem: Problem, choice: Indices) -> Indices:

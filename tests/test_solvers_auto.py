@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +26,13 @@ from tests.test_hawqv3 import DATA, hawq, limit_of
 from tests.test_solvers import drawn, made
 from tests.test_solvers_oracle import problems
 
+ROOT = Path(__file__).parents[1]
+Own = partial(Auto, few_cells=0)  # the compiled search, however small the problem
+
 
 def agrees(problem: Problem) -> None:
     best = fast_brute_force(problem)
-    solution = check(problem, Auto(gap=0.0).solve(problem))
+    solution = check(problem, Own(gap=0.0).solve(problem))
     if best is None:
         assert solution.status is Status.INFEASIBLE
         return
@@ -57,7 +64,7 @@ def test_auto_equals_ilp(num_budgets: int, tight: float) -> None:
         costs = {n: t.values.reshape(30, 5) for n, t in problem.costs.items()}
         limits = {b.cost: b.limit for b in problem.budgets} | {"bops": float(bops.mean() * 30)}
         problem = made(problem.sensitivity.values.reshape(30, 5), {**costs, "bops": bops}, limits)
-    auto, ilp = Auto(gap=0.0).solve(problem), Ilp().solve(problem)
+    auto, ilp = Own(gap=0.0).solve(problem), Ilp().solve(problem)
     assert auto.status is ilp.status is Status.OPTIMAL
     assert auto.score == pytest.approx(ilp.score, rel=1e-9)
 
@@ -67,7 +74,7 @@ def test_auto_equals_ilp(num_budgets: int, tight: float) -> None:
 def test_auto_equals_ilp_at_200_units(seed: int) -> None:
     tight = (0.05, 0.1, 0.3, 0.6)[seed % 4]
     problem = drawn(200, 4 + seed % 5, tight=tight, num_budgets=1 + seed % 2, seed=seed)
-    auto, ilp = Auto(gap=0.0).solve(problem), Ilp().solve(problem)
+    auto, ilp = Own(gap=0.0).solve(problem), Ilp().solve(problem)
     assert auto.status is ilp.status is Status.OPTIMAL
     assert auto.score == pytest.approx(ilp.score, rel=1e-9)
 
@@ -75,14 +82,14 @@ def test_auto_equals_ilp_at_200_units(seed: int) -> None:
 @pytest.mark.parametrize("name", DATA["published"])
 def test_published_configuration(name: str) -> None:
     published = DATA["published"][name]
-    solution = Auto().solve(hawq({published["budget"]: published["limit"]}))
+    solution = Own().solve(hawq({published["budget"]: published["limit"]}))
     assert solution.gap == 0
     assert solution.score == pytest.approx(published["omega"], rel=1e-9)
 
 
 def test_three_budgets_of_the_published_network() -> None:
     joint = DATA["joint_all_0.5"]
-    solution = Auto().solve(hawq({c: limit_of(c, joint["ratio"]) for c in joint["budgets"]}))
+    solution = Own().solve(hawq({c: limit_of(c, joint["ratio"]) for c in joint["budgets"]}))
     assert solution.gap == 0
     assert solution.score == pytest.approx(joint["omega"], abs=5e-7)
 
@@ -132,7 +139,7 @@ def test_the_scale_of_scores_does_not_matter(scale: float) -> None:
     scaled = dataclasses.replace(
         problem, sensitivity=dataclasses.replace(table, values=table.values * scale)
     )
-    one, other = Auto(gap=0.0).solve(problem), Auto(gap=0.0).solve(scaled)
+    one, other = Own(gap=0.0).solve(problem), Own(gap=0.0).solve(scaled)
     assert one.allocation == other.allocation
     assert other.status is Status.OPTIMAL
 
@@ -140,7 +147,7 @@ def test_the_scale_of_scores_does_not_matter(scale: float) -> None:
 def test_a_gap_is_a_promise() -> None:
     for seed in range(5):
         problem = drawn(300, 6, tight=0.1, seed=seed)
-        quick, exact = Auto(gap=1e-3, effort=0).solve(problem), Auto(gap=0.0).solve(problem)
+        quick, exact = Own(gap=1e-3, effort=0).solve(problem), Own(gap=0.0).solve(problem)
         assert quick.gap <= 1e-3
         assert exact.status is Status.OPTIMAL
         assert quick.bound <= exact.score <= quick.score
@@ -149,14 +156,14 @@ def test_a_gap_is_a_promise() -> None:
 def test_equal_scores_and_two_budgets_in_conflict() -> None:
     memory, latency = [[1.0, 3.0]] * 20, [[3.0, 1.0]] * 20
     limits = {"memory": 40.0, "latency": 40.0}
-    solution = Auto().solve(made([[1.0, 1.0]] * 20, {"memory": memory, "latency": latency}, limits))
+    solution = Own().solve(made([[1.0, 1.0]] * 20, {"memory": memory, "latency": latency}, limits))
     assert solution.status is Status.OPTIMAL
     assert solution.totals == limits
 
 
 def test_stopped_at_once_claims_nothing_false() -> None:
     problem = drawn(60, 8, tight=0.05, seed=4)
-    stopped, best = Auto(time_limit_s=0.0).solve(problem), Auto(gap=0.0).solve(problem)
+    stopped, best = Own(time_limit_s=0.0).solve(problem), Own(gap=0.0).solve(problem)
     assert stopped.bound <= best.score
     assert stopped.status is not Status.INFEASIBLE
     if stopped.allocation is not None:
@@ -169,7 +176,7 @@ def test_an_integer_program_may_start_from_a_choice() -> None:
     values, everything = problem.sensitivity.values, np.arange(len(problem.cells))
     alone = minimise(problem, values, problem.budgets, time_limit_s=60)
     assert alone.choice is not None
-    worse = Auto(gap=1.0, effort=0).solve(problem).allocation
+    worse = Own(gap=1.0, effort=0).solve(problem).allocation
     assert worse is not None
     again = minimise(
         problem,
@@ -185,6 +192,15 @@ def test_an_integer_program_may_start_from_a_choice() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_units() -> None:
-    solution = Auto().solve(drawn(100_000, 4))
+    solution = Own().solve(drawn(100_000, 4))
     assert solution.gap <= 1e-4
     assert solution.seconds < 20
+
+
+def test_few_cells_load_no_compiled_search() -> None:
+    code = "import sys; from tests.test_solvers import drawn; from solvers import solve; "
+    code += "solve(drawn(20, 4)); print('numba' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "False"
