@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpq.core.problem import Problem
+from mpq.core.problem import Constraint
 from mpq.core.tables import Floats, Indices
 from solvers.core import Core, Limits
 from solvers.halves import search_halves
@@ -24,18 +24,15 @@ _DEEPEST = 60  # branchings, one inside the other
 class Best:
     """The best choice so far that meets the budgets: its cells, and its worth above the base."""
 
-    problem: Problem
     values: Floats
-    limits: dict[str, float]
+    rows: tuple[Constraint, ...]
     choice: Indices | None = None
     value: float = math.inf
     worth: float = math.inf
 
-    def fits(self, choice: Indices, *costs: str) -> bool:
-        """Tell whether a choice of cells meets the limits, or those of some costs."""
-        return all(
-            self.problem.total(cost, choice) <= self.limits[cost] for cost in costs or self.limits
-        )
+    def fits(self, choice: Indices) -> bool:
+        """Tell whether a choice of cells meets all conditions but forbidden pairs."""
+        return all(row.met(choice) for row in self.rows)
 
     def offer(self, knapsack: Knapsack, entries: Indices | None) -> bool:
         """Keep a choice of entries if nothing better is known; tell whether it really fits."""

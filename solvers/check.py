@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from mpq.core.errors import InvalidInputError, RunFailedError
-from mpq.core.formats import Scheme
 from mpq.core.problem import Allocation, Infeasibility, Problem, Solution, Status
-from mpq.core.tables import Cells, Indices
+from mpq.core.tables import Indices
 from solvers.pairwise import pairwise_score
 
 Score = Callable[[Problem, Indices], float]
 
 # What `Solution.score` of a solver means; of all others the additive score.
 SCORES: Mapping[str, Score] = {"pairs": pairwise_score}
-
-_FEW = 20  # tuples of schemes that are told apart by identity
 
 
 def score_of(solver: str) -> Score:
@@ -96,14 +91,11 @@ def check(problem: Problem, solution: Solution) -> Solution:
 
 
 def _check_allocation(problem: Problem, solution: Solution, allocation: Allocation) -> None:
-    try:
-        schemes = [allocation[unit] for unit in problem.cells.units]
-    except KeyError:
-        schemes = []
-    if not len(allocation) == len(schemes) == len(problem.cells.units):
+    units = problem.cells.units
+    if len(allocation) != len(units) or not all(map(allocation.__contains__, units)):
         raise _inconsistent(solution, "its allocation covers other units than the problem")
     try:
-        choice = _choice(problem.cells, schemes)
+        choice = allocation.choice(problem.cells)
     except InvalidInputError as error:
         raise _inconsistent(solution, str(error)) from error
     if solution.totals != problem.totals(choice):
@@ -115,6 +107,14 @@ def _check_allocation(problem: Problem, solution: Solution, allocation: Allocati
                 f"{budget.cost} is {solution.totals[budget.cost]!r}, over the budget of "
                 f"{budget.limit!r}",
             )
+    for row in problem.constraints:
+        if not row.met(choice):
+            raise _inconsistent(
+                solution,
+                f"constraint {row.name!r} comes to {row.total(choice)!r}, over {row.limit!r}",
+            )
+    if not problem.allows(choice):
+        raise _inconsistent(solution, "it takes a forbidden pair")
     score = score_of(solution.solver)(problem, choice)
     if not math.isclose(solution.score, score, rel_tol=1e-9, abs_tol=1e-300):  # threads of BLAS
         raise _inconsistent(solution, "its score is not that of its allocation")
@@ -124,21 +124,6 @@ def _check_allocation(problem: Problem, solution: Solution, allocation: Allocati
         raise _inconsistent(solution, "its gap is not that of its score and bound")
     if (solution.status is Status.OPTIMAL) != (solution.gap == 0.0):
         raise _inconsistent(solution, f"{solution.status} with a gap of {solution.gap}")
-
-
-def _choice(cells: Cells, chosen: list[Scheme]) -> Indices:
-    """Return the cell of each unit's scheme, quickly where units share their tuples of schemes."""
-    taken = np.fromiter(map(id, chosen), np.int64, len(chosen))
-    group = np.fromiter(map(id, cells.schemes), np.int64, len(chosen))
-    choice = np.full(len(chosen), -1)
-    if len(shared := {id(schemes): schemes for schemes in cells.schemes}) <= _FEW:
-        for number, schemes in shared.items():
-            for place, scheme in enumerate(schemes):
-                here = (group == number) & (taken == id(scheme))
-                choice[here] = cells.offsets[:-1][here] + place
-    for unit in np.flatnonzero(choice < 0).tolist():
-        choice[unit] = cells.index((cells.units[unit], chosen[unit]))
-    return choice
 
 
 def _inconsistent(solution: Solution, what: str) -> RunFailedError:

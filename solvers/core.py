@@ -14,11 +14,15 @@ from solvers.search import exact_sum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The costs of each entry of a knapsack as the problem states them, a row per budget."""
+    """The costs of each entry of a knapsack as the problem states them, a row per budget.
+
+    `sizes` are what the numbers of a row are compared with when they are rounded.
+    """
 
     costs: Floats
     fixed: Floats
     limits: Floats
+    sizes: Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

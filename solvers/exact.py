@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mpq.core.problem import Budget, Problem
+from mpq.core.problem import Budget, Constraint, Problem
 from mpq.core.tables import Floats, Indices
-from solvers.knapsack import Knapsack, cheapest, fitting, preference, tightest
+from solvers.knapsack import Knapsack, cheapest, fitting, preference
 from solvers.milp import TOLERANCE, Answer, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
@@ -45,7 +45,10 @@ class Minimise(Protocol):
         *,
         time_limit_s: float,
     ) -> Least:
-        """Minimise sum_u values[a(u)] over one cell per unit under `budgets`."""
+        """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
+
+        The problem's constraints and forbidden pairs hold, its own budgets do not.
+        """
 
 
 def minimise(
@@ -60,16 +63,18 @@ def minimise(
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
-    `values` (num_cells,) stand in for the problem's sensitivity, `budgets` for its own. The
-    linear relaxation prices the budgets, rounding it gives a first choice, the distance of the
-    two rules out most cells, and an integer program decides about the rest. A better choice is
-    overlooked only if it gains less than about 1e-11 of what the answer loses against the
-    unconstrained best. `time_limit_s` bounds the integer programs, not building them.
+    `values` (num_cells,) stand in for the problem's sensitivity, `budgets` for its own; its
+    constraints and forbidden pairs hold. The linear relaxation prices the budgets, rounding it
+    gives a first choice, the distance of the two rules out most cells, and an integer program
+    decides about the rest. A better choice is overlooked only if it gains less than about 1e-11
+    of what the answer loses against the unconstrained best. `time_limit_s` bounds the integer
+    programs, not building them.
 
     With a `known` choice that fits, `among` (ascending, holding it) may be those cells alone of
     which a better choice consists. The search ends within `gap` of the total.
     """
-    search = _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s, gap)
+    asked = problem.with_budgets(budgets)
+    search = _Search(asked, values, asked.rows(), time.monotonic() + time_limit_s, gap)
     if among is None:
         return search.run()
     search.best = known
@@ -81,17 +86,18 @@ class _Search:
         self,
         problem: Problem,
         values: Floats,
-        limits: dict[str, float],
+        rows: Sequence[Constraint],
         deadline: float,
         gap: float,
     ) -> None:
-        self.problem, self.values, self.limits = problem, values, limits
+        self.problem, self.values, self.rows = problem, values, rows
+        self.forbidden = problem.forbidden_cells()
         self.deadline, self.gap = deadline, gap
         self.best: Indices | None = None
 
     def run(self) -> Least:
-        for cost in self.limits:
-            if not self._fits(cheapest(self.problem, self.problem.costs[cost].values), cost):
+        for row in self.rows:
+            if not row.met(cheapest(self.problem, row.coefficients)):
                 return Least(choice=None, bound=math.inf, proven=True)
         free = cheapest(self.problem, self.values)
         if self._fits(free):
@@ -101,7 +107,8 @@ class _Search:
     def decide(self, cells: Indices) -> Least:
         knapsack = self._part(cells)
         if knapsack is not None:
-            best_of_unit = knapsack.undominated(preference(self.problem))
+            exposed = np.array([i for pair in self.forbidden for i in pair], np.int64)
+            best_of_unit = knapsack.undominated(preference(self.problem), exposed)
             knapsack = self._part(knapsack.cells[best_of_unit])
         relaxed = None if knapsack is None else relax(knapsack)
         if knapsack is None or relaxed is None:
@@ -152,7 +159,7 @@ class _Search:
         return self._part(whole.cells[keep])
 
     def _part(self, kept: Indices) -> Knapsack | None:
-        return fitting(self.problem, self.values, self.limits, kept)
+        return fitting(self.problem, self.values, self.rows, kept)
 
     def _solve(self, rest: Knapsack, *, share: float = 1.0) -> Answer:
         """Solve, cutting off choices that fit only within the solver's tolerance.
@@ -168,17 +175,24 @@ class _Search:
         excluded: list[Indices] = []
         while True:
             left = deadline - time.monotonic()
-            answer = branch_and_cut(free, excluded, time_limit_s=left, enough=self._enough())
+            answer = self._program(free, excluded, left, enough=self._enough())
             if answer.choice is None or self._offer(settled, free, answer.choice):
                 return answer
             if not excluded:  # something that surely fits, in case too many do not
                 tight = replace(free, slack=free.slack * (1 - 4 * TOLERANCE))
-                safe = branch_and_cut(tight, [], time_limit_s=deadline - time.monotonic())
+                safe = self._program(tight, [], deadline - time.monotonic())
                 if safe.choice is not None:
                     self._offer(settled, free, safe.choice)
             excluded.append(answer.choice)
             if not answer.complete or len(excluded) > _MAX_EXCLUDED:
                 return replace(answer, complete=False)
+
+    def _program(
+        self, free: Knapsack, excluded: list[Indices], left: float, *, enough: float = 0.0
+    ) -> Answer:
+        return branch_and_cut(
+            free, excluded, forbidden=self.forbidden, time_limit_s=left, enough=enough
+        )
 
     def _enough(self) -> float:
         return 0.0 if self.best is None else self.gap * abs(self._value(self.best)) / 2
@@ -199,10 +213,8 @@ class _Search:
         proven = proven or lower >= value
         return Least(choice=self.best, bound=value if proven else lower, proven=proven)
 
-    def _fits(self, choice: Indices, *costs: str) -> bool:
-        return all(
-            self.problem.total(cost, choice) <= self.limits[cost] for cost in costs or self.limits
-        )
+    def _fits(self, choice: Indices) -> bool:
+        return self.problem.allows(choice) and all(row.met(choice) for row in self.rows)
 
     def _value(self, choice: Indices) -> float:
         return math.fsum(self.values[choice])

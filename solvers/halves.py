@@ -163,7 +163,7 @@ class _Halves:
             self.dual.bound,
             limits.fixed,
             limits.limits,
-            needed + 16 * np.spacing(limits.limits),
+            needed + 16 * np.spacing(limits.sizes),
             worth,
         )
         return best, None if one < 0 else (one, int(order[two]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from mpq.core.problem import Budget, Infeasibility, Problem
 from mpq.core.quantities import quantity
 from solvers.exact import Minimise, minimise
-from solvers.knapsack import cheapest, tightest
+from solvers.knapsack import cheapest
 
 _CHEAPER = {"bytes": "smaller", "s": "faster"}
 
@@ -19,10 +22,15 @@ def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -
     For a problem in which nothing fits. `time_limit_s` bounds each of the integer programs; a
     value that is not proven smallest in that time is still reachable.
     """
-    limits = tightest(problem.budgets)
-    smallest = {
-        cost: problem.total(cost, cheapest(problem, problem.costs[cost].values)) for cost in limits
-    }
+    limits = problem.limits()
+    if problem.constraints or problem.forbidden:
+        free = by(problem, np.zeros(len(problem.cells)), [], time_limit_s=time_limit_s)
+        if free.choice is None:
+            return Infeasibility(names=(), smallest={}, relaxed={}, message=_conflict(problem))
+    smallest = {}
+    for cost in limits:
+        least = by(problem, problem.costs[cost].values, [], time_limit_s=time_limit_s)
+        smallest[cost] = math.inf if least.choice is None else problem.total(cost, least.choice)
     relaxed: dict[str, float | None] = {}
     for cost in limits:
         others = [Budget(name, limit) for name, limit in limits.items() if name != cost]
@@ -39,6 +47,14 @@ def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -
     else:
         names, message = list(limits), told.several(smallest)
     return Infeasibility(names=tuple(names), smallest=smallest, relaxed=relaxed, message=message)
+
+
+def _conflict(problem: Problem) -> str:
+    named = [repr(row.name) for row in problem.constraints]
+    pairs = len(problem.forbidden)
+    parts = [f"constraint{'s' if len(named) > 1 else ''} {_listed(named)}"] if named else []
+    parts += [f"{pairs} forbidden pair{'s' if pairs > 1 else ''}"] if pairs else []
+    return f"no allocation meets {' and '.join(parts)}, whatever the budgets: drop one of them"
 
 
 @dataclass(frozen=True, slots=True)

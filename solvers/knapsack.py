@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from mpq.core.problem import Budget, Problem
+from mpq.core.problem import Constraint, Problem
 from mpq.core.tables import Cells, Floats, Indices
 
 Mask = npt.NDArray[np.bool_]
+_TINY = 1e-290
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +35,20 @@ class Knapsack:
 
     @classmethod
     def of(
-        cls, problem: Problem, values: Floats, limits: Mapping[str, float], kept: Indices
+        cls, cells: Cells, values: Floats, rows: Sequence[Constraint], kept: Indices
     ) -> Knapsack:
         """Build the knapsack over the `kept` cells (ascending, at least one of each unit)."""
-        owners = unit_numbers(problem.cells)[kept]
+        owners = unit_numbers(cells)[kept]
         units = np.cumsum(np.diff(owners, prepend=owners[:1]) > 0, dtype=np.int64)
         starts = starts_of(units)
         least, objective = _above_least(values[kept], starts, units)
-        weights, slack = np.empty((len(limits), len(kept))), np.empty(len(limits))
-        for k, (cost, limit) in enumerate(limits.items()):
-            table = problem.costs[cost]
-            floor, weights[k] = _above_least(table.values[kept], starts, units)
-            room = math.fsum([limit, -table.fixed, *(-floor)])
-            slack[k] = room + 4 * np.spacing(limit)
+        weights, slack = np.empty((len(rows), len(kept))), np.empty(len(rows))
+        for k, row in enumerate(rows):
+            coefficients = row.coefficients[kept]
+            floor, weights[k] = _above_least(coefficients, starts, units)
+            room = math.fsum([row.limit, -row.fixed, *(-floor)])
+            size = max(abs(row.limit), abs(row.fixed), float(np.abs(coefficients).max(initial=0)))
+            slack[k] = room + 4 * np.spacing(max(size, _TINY))
         return cls(
             cells=kept,
             units=units,
@@ -57,24 +59,27 @@ class Knapsack:
             base=math.fsum(least),
         )
 
-    def undominated(self, rank: Indices) -> Mask:
+    def undominated(self, rank: Indices, exposed: Indices) -> Mask:
         """Mark the entries that no other entry of their unit dominates.
 
         One entry dominates another if it is nowhere worse and somewhere better; between equals
-        the lower `rank` of the cell counts as better.
+        the lower `rank` of the cell counts as better. `exposed` cells dominate none: another
+        condition may rule them out.
         """
+        safe = ~np.isin(self.cells, exposed)
         keep = np.ones(len(self.cells), np.bool_)
         sizes = np.diff(self.starts)
         for size in np.unique(sizes):
             entries = self.starts[:-1][sizes == size][:, None] + np.arange(size)
             ranks = rank[self.cells[entries]]
             better = ranks[:, :, None] < ranks[:, None, :]
+            dominates = safe[entries][:, :, None]
             nowhere_worse = np.ones_like(better)
             for row in (self.objective, *self.weights):
                 mine, other = row[entries][:, :, None], row[entries][:, None, :]
                 nowhere_worse &= mine <= other
                 better |= mine < other
-            keep[entries] = ~(nowhere_worse & better).any(axis=1)
+            keep[entries] = ~(nowhere_worse & better & dominates).any(axis=1)
         return keep
 
     def split(self) -> tuple[Knapsack, Indices]:
@@ -95,15 +100,19 @@ class Knapsack:
 
 
 def fitting(
-    problem: Problem, values: Floats, limits: Mapping[str, float], kept: Indices
+    problem: Problem, values: Floats, rows: Sequence[Constraint], kept: Indices
 ) -> Knapsack | None:
     """Return the knapsack of those of the `kept` cells that fit beside the least of all others.
 
-    No weight in it exceeds its slack. None where some unit has no such cell: nothing fits.
+    No weight in it exceeds its slack, and no cell in it is forbidden beside one that is the last
+    of its unit. None where some unit has no such cell: nothing fits.
     """
+    forbidden = problem.forbidden_cells()
     while True:
-        knapsack = Knapsack.of(problem, values, limits, kept)
+        knapsack = Knapsack.of(problem.cells, values, rows, kept)
         fits = np.all(knapsack.weights <= knapsack.slack[:, None], axis=0)
+        if forbidden:
+            fits &= ~np.isin(knapsack.cells, _ruled_out(knapsack, forbidden))
         if (knapsack.slack < 0).any():
             return None
         if fits.all():
@@ -111,6 +120,14 @@ def fitting(
         if not np.bincount(knapsack.units[fits], minlength=len(problem.cells.units)).all():
             return None
         kept = kept[fits]
+
+
+def _ruled_out(knapsack: Knapsack, forbidden: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the cells that are forbidden beside one which its unit has to take."""
+    alone = np.diff(knapsack.starts)[knapsack.units] == 1
+    settled = set(knapsack.cells[alone].tolist())
+    pairs = [*forbidden, *((other, one) for one, other in forbidden)]
+    return [other for one, other in pairs if one in settled]
 
 
 def starts_of(units: Indices) -> Indices:
@@ -128,14 +145,6 @@ def _above_least(values: Floats, starts: Indices, units: Indices) -> tuple[Float
 def unit_numbers(cells: Cells) -> Indices:
     """Return the number of the unit of each cell."""
     return np.repeat(np.arange(len(cells.units)), np.diff(cells.offsets))
-
-
-def tightest(budgets: Iterable[Budget]) -> dict[str, float]:
-    """Return the smallest limit of each budgeted cost, in the order of the budgets."""
-    limits: dict[str, float] = {}
-    for budget in budgets:
-        limits[budget.cost] = min(budget.limit, limits.get(budget.cost, math.inf))
-    return limits
 
 
 def preference(problem: Problem) -> Indices:

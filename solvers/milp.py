@@ -33,14 +33,15 @@ def branch_and_cut(
     knapsack: Knapsack,
     excluded: Sequence[Indices],
     *,
+    forbidden: Sequence[tuple[int, int]] = (),
     time_limit_s: float,
     enough: float = 0.0,
 ) -> Answer:
     """Minimise the objective over one entry per unit within every slack.
 
-    Variables are numbered, never named after units. `excluded` choices are cut off, and it ends
-    `enough` from the best. The status
-    is read from HiGHS itself: PuLP 3 calls a run that met its time limit optimal.
+    Variables are numbered, never named after units. `excluded` choices are cut off, of two
+    `forbidden` cells one is taken at most, and it ends `enough` from the best. The status is
+    read from HiGHS itself: PuLP 3 calls a run that met its time limit optimal.
     Raises RunFailedError when the solver breaks.
     """
     import highspy
@@ -70,6 +71,11 @@ def branch_and_cut(
     for c, choice in enumerate(excluded):
         ones = [1.0] * num_units
         constrain(row(choice, ones), pulp.LpConstraintLE, f"cut{c}", num_units - 1.0)
+    entry_of = {cell: entry for entry, cell in enumerate(knapsack.cells.tolist())}
+    for p, pair in enumerate(forbidden):
+        if all(cell in entry_of for cell in pair):
+            both = [entry_of[cell] for cell in pair]
+            constrain(row(both, [1.0, 1.0]), pulp.LpConstraintLE, f"pair{p}", 1.0)
 
     ended = highspy.HighsModelStatus
     for presolve in ("on", "off"):  # its postsolve is known to end in a violated row, seldom

@@ -13,7 +13,7 @@ from solvers.check import finish
 from solvers.descent import descend, repair
 from solvers.exact import minimise
 from solvers.infeasible import explain
-from solvers.knapsack import Knapsack, fitting, tightest
+from solvers.knapsack import Knapsack, fitting
 from solvers.pairwise import responses_of
 from solvers.relaxation import relax
 from solvers.rounding import round_to_fit
@@ -55,8 +55,8 @@ class Pairs:
                 infeasibility=reason,
             )
         choice = additive.choice
-        limits, everything = tightest(problem.budgets), np.arange(len(problem.cells))
-        knapsack = fitting(problem, np.diagonal(interactions), limits, everything)
+        everything = np.arange(len(problem.cells))
+        knapsack = fitting(problem, np.diagonal(interactions), problem.rows(), everything)
         if knapsack is not None and len(choice):
             choice = _Descents(problem, interactions, knapsack).best(
                 choice, num_starts=self.num_starts, num_kicks=self.num_kicks, seed=self.seed
@@ -71,8 +71,17 @@ class _Descents:
         self.own = interactions[cells, cells]
         self.cross = interactions[np.ix_(cells, cells)]
         self.cross[units[:, None] == units] = 0.0
+        self._keep_apart(problem)
         relaxed = relax(knapsack)
         self.prices = np.zeros(len(knapsack.slack)) if relaxed is None else relaxed.prices
+
+    def _keep_apart(self, problem: Problem) -> None:
+        """Make forbidden pairs worse than anything else."""
+        worst = 1e3 * float(np.abs(self.own).sum() + np.abs(self.cross).max(initial=0.0)) or 1.0
+        for pair in problem.forbidden_cells():
+            if np.isin(pair, self.knapsack.cells).all():
+                i, j = np.searchsorted(self.knapsack.cells, pair)
+                self.cross[i, j] = self.cross[j, i] = worst
 
     def improved(self, choice: Indices | None) -> Indices | None:
         """Return the local optimum reached from a choice of entries; None if it does not fit."""
@@ -80,8 +89,7 @@ class _Descents:
             return None
         choice = descend(self.knapsack, choice, prices=self.prices, cross=self.cross)
         cells = self.knapsack.cells[choice]
-        fits = all(self.problem.total(b.cost, cells) <= b.limit for b in self.problem.budgets)
-        return choice if fits else None
+        return choice if self.problem.meets(cells) else None
 
     def score(self, choice: Indices) -> float:
         return float(self.own[choice].sum() + self.cross[np.ix_(choice, choice)].sum())

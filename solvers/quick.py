@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq.core.problem import Budget, Problem
+from mpq.core.problem import Budget, Constraint, Problem
 from mpq.core.tables import Floats, Indices
 from solvers.branches import Best, Branches
 from solvers.core import Core, Limits
 from solvers.descent import repair
 from solvers.exact import Least, minimise
-from solvers.knapsack import Knapsack, cheapest, fitting, tightest
+from solvers.knapsack import Knapsack, cheapest, fitting
 from solvers.lagrange import Dual, maximise_dual
 
 _FIRST = 24  # entries beyond one per unit in the first core
@@ -23,6 +23,7 @@ _MOST_NODES = 2000  # some seconds
 _MAX_ENTRIES = 4000  # of a core, beyond one per unit
 _REPAIRABLE = 100_000  # entries from which on changing units one by one takes too long
 _REPAIRS = 20
+_MOST_ROWS = 8  # conditions; the ellipsoid shrinks ever more slowly with their number
 
 
 def minimise_quickly(
@@ -40,11 +41,20 @@ def minimise_quickly(
     the core that it leaves is searched, which raises the bound to the threshold or finds the
     best choice. Once bound and choice are within `gap` of the total, a search of more than
     `effort` nodes is given up. Where that does not get there in some seconds, an integer
-    program decides about what the dual leaves open.
+    program decides about what the dual leaves open; it decides alone where the best choice
+    takes a forbidden pair, or there are very many conditions.
     """
-    return _Search(problem, values, tightest(budgets), time.monotonic() + time_limit_s, gap).run(
-        effort
-    )
+    deadline = time.monotonic() + time_limit_s
+    asked = replace(problem, budgets=tuple(budgets), forbidden=())
+    rows = asked.rows()
+    if len(rows) > _MOST_ROWS:
+        return minimise(problem, values, budgets, time_limit_s=time_limit_s, gap=gap)
+    least = _Search(asked, values, rows, deadline, gap).run(effort)
+    if least.choice is None or problem.allows(least.choice):
+        return least
+    left = deadline - time.monotonic()
+    allowed = minimise(problem, values, budgets, time_limit_s=left, gap=gap)
+    return allowed if allowed.proven else replace(allowed, bound=max(allowed.bound, least.bound))
 
 
 class _Search:
@@ -52,25 +62,24 @@ class _Search:
         self,
         problem: Problem,
         values: Floats,
-        limits: dict[str, float],
+        rows: tuple[Constraint, ...],
         deadline: float,
         gap: float,
     ) -> None:
-        self.problem, self.values, self.limits = problem, values, limits
+        self.problem, self.values, self.rows = problem, values, rows
         self.deadline, self.gap = deadline, gap
-        self.best = Best(problem=problem, values=values, limits=limits)
+        self.best = Best(values=values, rows=rows)
         self.lower = -math.inf
 
     def run(self, effort: int) -> Least:
-        for cost in self.limits:
-            least = cheapest(self.problem, self.problem.costs[cost].values)
-            if not self.best.fits(least, cost):
+        for row in self.rows:
+            if not row.met(cheapest(self.problem, row.coefficients)):
                 return Least(choice=None, bound=math.inf, proven=True)
         free = cheapest(self.problem, self.values)
         if self.best.fits(free):
             return Least(choice=free, bound=math.fsum(self.values[free]), proven=True)
         everything = np.arange(len(self.problem.cells))
-        knapsack = fitting(self.problem, self.values, self.limits, everything)
+        knapsack = fitting(self.problem, self.values, self.rows, everything)
         if knapsack is None:
             return Least(choice=None, bound=math.inf, proven=True)
         rows = np.flatnonzero(knapsack.weights.any(axis=1))
@@ -90,14 +99,14 @@ class _Search:
             return self._answer(proven=True)
         return self._answer(proven=False) if self._close() else self._program(knapsack, dual)
 
-    def _limits(self, knapsack: Knapsack, rows: Indices) -> Limits:
-        names = [list(self.limits)[k] for k in rows]
-        tables = [self.problem.costs[name] for name in names]
-        return Limits(
-            costs=np.array([table.values[knapsack.cells] for table in tables]),
-            fixed=np.array([table.fixed for table in tables]),
-            limits=np.array([self.limits[name] for name in names]),
-        )
+    def _limits(self, knapsack: Knapsack, numbers: Indices) -> Limits:
+        rows = [self.rows[k] for k in numbers]
+        costs = np.array([row.coefficients[knapsack.cells] for row in rows])
+        limits, fixed = (np.array([getattr(r, n) for r in rows]) for n in ("limit", "fixed"))
+        sizes = np.maximum(np.maximum(np.abs(limits), np.abs(fixed)), 1e-290)
+        if len(rows):
+            sizes = np.maximum(sizes, np.abs(costs).max(axis=1))
+        return Limits(costs=costs, fixed=fixed, limits=limits, sizes=sizes)
 
     def _deepen(self, knapsack: Knapsack, limits: Limits, dual: Dual, effort: int) -> bool:
         """Search deeper and deeper; tell whether the best choice, or that none fits, is proven."""
@@ -139,7 +148,7 @@ class _Search:
         least = minimise(
             self.problem,
             self.values,
-            [Budget(cost, limit) for cost, limit in self.limits.items()],
+            self.problem.budgets,
             time_limit_s=self.deadline - time.monotonic(),
             among=among,
             known=self.best.choice,

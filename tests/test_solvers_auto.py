@@ -18,7 +18,7 @@ from solvers.check import check
 from solvers.core import Core, Limits
 from solvers.exact import minimise
 from solvers.ilp import Ilp
-from solvers.knapsack import fitting, tightest
+from solvers.knapsack import fitting
 from solvers.lagrange import maximise_dual
 from solvers.relaxation import relax
 from tests.oracles import fast_brute_force
@@ -100,8 +100,8 @@ def test_the_dual_is_the_linear_relaxation(units: int, tight: float) -> None:
     """The best Lagrangian bound of a knapsack is its linear relaxation (Geoffrion 1974)."""
     for num_budgets in (1, 2):
         problem = drawn(units, 6, tight=tight, num_budgets=num_budgets, seed=units)
-        values, limits = problem.sensitivity.values, tightest(problem.budgets)
-        knapsack = fitting(problem, values, limits, np.arange(len(problem.cells)))
+        values, rows = problem.sensitivity.values, problem.rows()
+        knapsack = fitting(problem, values, rows, np.arange(len(problem.cells)))
         assert knapsack is not None
         dual, relaxed = maximise_dual(knapsack), relax(knapsack)
         assert dual is not None
@@ -111,11 +111,12 @@ def test_the_dual_is_the_linear_relaxation(units: int, tight: float) -> None:
 
 def test_a_part_of_a_core_keeps_what_is_settled() -> None:
     problem = drawn(12, 4, seed=5)
-    limits, everything = tightest(problem.budgets), np.arange(len(problem.cells))
-    knapsack = fitting(problem, problem.sensitivity.values, limits, everything)
+    rows, everything = problem.rows(), np.arange(len(problem.cells))
+    knapsack = fitting(problem, problem.sensitivity.values, rows, everything)
     assert knapsack is not None
-    costs = np.array([problem.costs[c].values[knapsack.cells] for c in limits])
-    stated = Limits(costs=costs, fixed=np.zeros(2), limits=np.array([*limits.values()]))
+    costs = np.array([row.coefficients[knapsack.cells] for row in rows])
+    limits = np.array([row.limit for row in rows])
+    stated = Limits(costs=costs, fixed=np.zeros(2), limits=limits, sizes=limits)
     rng = np.random.default_rng(0)
     taken = np.array(
         [rng.integers(a, b) for a, b in zip(knapsack.starts, knapsack.starts[1:], strict=False)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mpq.core.problem import Budget, Problem, Status
 from solvers import solve
 from solvers.check import check
-from solvers.knapsack import fitting, tightest
+from solvers.knapsack import fitting
 from solvers.milp import branch_and_cut
 from tests.oracles import brute_force, fast_brute_force
 from tests.test_solvers import drawn, made
@@ -110,8 +110,8 @@ def test_the_integer_program_alone_finds_it_too(problem: Problem) -> None:
     """
     wider = [Budget(b.cost, b.limit * (1 + 1e-9)) for b in problem.budgets]
     problem = problem.with_budgets(wider)
-    values, limits = problem.sensitivity.values, tightest(problem.budgets)
-    knapsack = fitting(problem, values, limits, np.arange(len(problem.cells)))
+    values, rows = problem.sensitivity.values, problem.rows()
+    knapsack = fitting(problem, values, rows, np.arange(len(problem.cells)))
     best = fast_brute_force(problem)
     if knapsack is None or not len(knapsack.cells):
         assert best is None or not problem.cells.units

@@ -13,7 +13,7 @@ from mpq.core.problem import Problem, Status
 from solvers import solve
 from solvers.check import check
 from solvers.descent import descend, repair
-from solvers.knapsack import fitting, tightest
+from solvers.knapsack import fitting
 from solvers.pairs import Pairs
 from solvers.pairwise import pairwise_score
 from tests.oracles import brute_force
@@ -104,8 +104,8 @@ def test_no_single_change_nor_swap_improves_the_end_of_a_descent(seed: int) -> N
     problem = with_responses(drawn(6, 4, tight=0.3, seed=seed), seed=seed)
     assert problem.responses is not None
     interactions = problem.responses.interactions()
-    own, limits = np.diagonal(interactions), tightest(problem.budgets)
-    knapsack = fitting(problem, own, limits, np.arange(len(problem.cells)))
+    own, rows = np.diagonal(interactions), problem.rows()
+    knapsack = fitting(problem, own, rows, np.arange(len(problem.cells)))
     assert knapsack is not None
     cross = interactions[np.ix_(knapsack.cells, knapsack.cells)]
     cross[knapsack.units[:, None] == knapsack.units] = 0

@@ -106,7 +106,7 @@ def _named(cells: Cells, number: int) -> str:
 
 def checked(what: str, cells: Cells, values: npt.ArrayLike) -> Floats:
     """Return `values` as a read-only float64 array of one finite number per cell."""
-    array = np.array(values, np.float64)
+    array = _owned(values)
     if array.shape != (len(cells),):
         raise InvalidInputError(
             "table_incomplete", f"{what} has {array.shape} values for {len(cells)} cells"
@@ -118,6 +118,13 @@ def checked(what: str, cells: Cells, values: npt.ArrayLike) -> Floats:
         )
     array.setflags(write=False)
     return array
+
+
+def _owned(values: npt.ArrayLike) -> Floats:
+    """Return `values` as float64, copied unless nobody can write to them."""
+    if isinstance(values, np.ndarray) and values.dtype == np.float64 and values.base is None:
+        return np.array(values) if values.flags.writeable else values
+    return np.array(values, np.float64)
 
 
 def _gathered(values: Mapping[Cell, float]) -> tuple[Cells, list[float]]:
