@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpq.core.problem import Constraint
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
 from solvers.core import Core, Limits
 from solvers.halves import search_halves
@@ -38,10 +39,10 @@ class Best:
         """Keep a choice of entries if nothing better is known; tell whether it really fits."""
         if entries is None or not self.fits(knapsack.cells[entries]):
             return False
-        value = math.fsum(self.values[knapsack.cells[entries]])
+        value = exact_sum(self.values[knapsack.cells[entries]])
         if value < self.value:
             self.choice, self.value = knapsack.cells[entries], value
-            self.worth = math.fsum(knapsack.objective[entries])
+            self.worth = exact_sum(knapsack.objective[entries])
         return True
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.problem import Allocation, Infeasibility, Problem, Solution, Status
 from mpq.core.tables import Indices
@@ -91,13 +93,14 @@ def check(problem: Problem, solution: Solution) -> Solution:
 
 
 def _check_allocation(problem: Problem, solution: Solution, allocation: Allocation) -> None:
-    units = problem.cells.units
-    if len(allocation) != len(units) or not all(map(allocation.__contains__, units)):
-        raise _inconsistent(solution, "its allocation covers other units than the problem")
     try:
         choice = allocation.choice(problem.cells)
     except InvalidInputError as error:
         raise _inconsistent(solution, str(error)) from error
+    except KeyError:
+        choice = np.empty(0, np.int64)
+    if not len(allocation) == len(choice) == len(problem.cells.units):
+        raise _inconsistent(solution, "its allocation covers other units than the problem")
     if solution.totals != problem.totals(choice):
         raise _inconsistent(solution, "its totals are not those of its allocation")
     for budget in problem.budgets:

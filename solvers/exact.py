@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from mpq.core.problem import Budget, Constraint, Problem
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
-from solvers.knapsack import Knapsack, cheapest, fitting, preference
+from solvers.knapsack import Knapsack, cheapest, fitting, preference, smallest_total
 from solvers.milp import TOLERANCE, Answer, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
@@ -97,7 +98,7 @@ class _Search:
 
     def run(self) -> Least:
         for row in self.rows:
-            if not row.met(cheapest(self.problem, row.coefficients)):
+            if smallest_total(row) > row.limit:
                 return Least(choice=None, bound=math.inf, proven=True)
         free = cheapest(self.problem, self.values)
         if self._fits(free):
@@ -217,4 +218,4 @@ class _Search:
         return self.problem.allows(choice) and all(row.met(choice) for row in self.rows)
 
     def _value(self, choice: Indices) -> float:
-        return math.fsum(self.values[choice])
+        return exact_sum(self.values[choice])

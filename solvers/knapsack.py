@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpq.core.problem import Constraint, Problem
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Cells, Floats, Indices
 
 Mask = npt.NDArray[np.bool_]
@@ -38,15 +39,17 @@ class Knapsack:
         cls, cells: Cells, values: Floats, rows: Sequence[Constraint], kept: Indices
     ) -> Knapsack:
         """Build the knapsack over the `kept` cells (ascending, at least one of each unit)."""
-        owners = unit_numbers(cells)[kept]
-        units = np.cumsum(np.diff(owners, prepend=owners[:1]) > 0, dtype=np.int64)
-        starts = starts_of(units)
-        least, objective = _above_least(values[kept], starts, units)
+        whole = len(kept) == len(cells)  # eight million cells are not copied without need
+        units = unit_numbers(cells)
+        if not whole:
+            units = np.cumsum(np.diff(units[kept], prepend=units[kept[:1]]) > 0, dtype=np.int64)
+        starts = cells.offsets if whole else starts_of(units)
+        least, objective = _above_least(values if whole else values[kept], starts, units)
         weights, slack = np.empty((len(rows), len(kept))), np.empty(len(rows))
         for k, row in enumerate(rows):
-            coefficients = row.coefficients[kept]
+            coefficients = row.coefficients if whole else row.coefficients[kept]
             floor, weights[k] = _above_least(coefficients, starts, units)
-            room = math.fsum([row.limit, -row.fixed, *(-floor)])
+            room = math.fsum([row.limit, -row.fixed, -exact_sum(floor)])
             size = max(abs(row.limit), abs(row.fixed), float(np.abs(coefficients).max(initial=0)))
             slack[k] = room + 4 * np.spacing(max(size, _TINY))
         return cls(
@@ -56,7 +59,7 @@ class Knapsack:
             objective=objective,
             weights=weights,
             slack=slack,
-            base=math.fsum(least),
+            base=exact_sum(least),
         )
 
     def undominated(self, rank: Indices, exposed: Indices) -> Mask:
@@ -156,6 +159,14 @@ def preference(problem: Problem) -> Indices:
     rank = np.empty(len(problem.cells), np.int64)
     rank[np.lexsort(keys)] = np.arange(len(rank))
     return rank
+
+
+def smallest_total(row: Constraint) -> float:
+    """Return the least that any choice comes to."""
+    begins = row.cells.offsets[:-1]
+    if not len(begins):
+        return row.fixed
+    return row.fixed + exact_sum(np.minimum.reduceat(row.coefficients, begins))
 
 
 def cheapest(problem: Problem, values: Floats) -> Indices:

@@ -10,13 +10,15 @@ from dataclasses import replace
 import numpy as np
 
 from mpq.core.problem import Budget, Constraint, Problem
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
 from solvers.branches import Best, Branches
 from solvers.core import Core, Limits
 from solvers.descent import repair
 from solvers.exact import Least, minimise
-from solvers.knapsack import Knapsack, cheapest, fitting
+from solvers.knapsack import Knapsack, cheapest, fitting, smallest_total
 from solvers.lagrange import Dual, maximise_dual
+from solvers.search import nearest
 
 _FIRST = 24  # entries beyond one per unit in the first core
 _MOST_NODES = 2000  # some seconds
@@ -73,18 +75,19 @@ class _Search:
 
     def run(self, effort: int) -> Least:
         for row in self.rows:
-            if not row.met(cheapest(self.problem, row.coefficients)):
+            if smallest_total(row) > row.limit:
                 return Least(choice=None, bound=math.inf, proven=True)
         free = cheapest(self.problem, self.values)
         if self.best.fits(free):
-            return Least(choice=free, bound=math.fsum(self.values[free]), proven=True)
+            return Least(choice=free, bound=exact_sum(self.values[free]), proven=True)
         everything = np.arange(len(self.problem.cells))
         knapsack = fitting(self.problem, self.values, self.rows, everything)
         if knapsack is None:
             return Least(choice=None, bound=math.inf, proven=True)
         rows = np.flatnonzero(knapsack.weights.any(axis=1))
         limits = self._limits(knapsack, rows)
-        knapsack = replace(knapsack, weights=knapsack.weights[rows], slack=knapsack.slack[rows])
+        if len(rows) < len(knapsack.slack):
+            knapsack = replace(knapsack, weights=knapsack.weights[rows], slack=knapsack.slack[rows])
         if not len(rows):  # whatever is left fits
             order = np.lexsort((knapsack.objective, knapsack.units))
             self.best.offer(knapsack, order[knapsack.starts[:-1]])
@@ -112,7 +115,7 @@ class _Search:
         """Search deeper and deeper; tell whether the best choice, or that none fits, is proven."""
         units, whole = len(knapsack.starts) - 1, Core.whole(knapsack, limits)
         most = float(np.maximum.reduceat(knapsack.objective, knapsack.starts[:-1]).sum())
-        depth = float(_smallest(dual.reduced, units + _FIRST).max()) or most or 1.0
+        depth = nearest(dual.reduced, dual.least, np.full(_FIRST, np.inf)) or most or 1.0
         depth = max(depth, 1e-12 * abs(dual.bound))
         while time.monotonic() < self.deadline:
             threshold = dual.bound + depth
@@ -167,7 +170,3 @@ class _Search:
         proven = proven or self.lower >= self.best.value
         bound = self.best.value if proven else self.lower
         return Least(choice=self.best.choice, bound=bound, proven=proven)
-
-
-def _smallest(values: Floats, count: int) -> Floats:
-    return np.partition(values, count - 1)[:count] if count < len(values) else values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mpq.core.tables import Floats, Indices
 from solvers.compiled import compiled
 
@@ -15,6 +17,32 @@ def exact_sum(values: Floats, high: float, low: float) -> tuple[float, float]:
         low += (high - (total - part)) + (value - part)
         high = total
     return high, low
+
+
+@compiled
+def nearest(reduced: Floats, least: Indices, found: Floats) -> float:
+    """Return the largest of the `found` smallest values of entries that are not `least`.
+
+    `found` is room for them, filled with infinity; of fewer entries the largest finite one, 0 of
+    none.
+    """
+    count, u = len(found), 0
+    for i in range(len(reduced)):
+        if u < len(least) and i == least[u]:
+            u += 1
+            continue
+        value = reduced[i]
+        if value < found[count - 1]:
+            place = count - 1
+            while place > 0 and found[place - 1] > value:
+                found[place] = found[place - 1]
+                place -= 1
+            found[place] = value
+    largest = 0.0
+    for place in range(count):
+        if found[place] < np.inf:
+            largest = found[place]
+    return largest
 
 
 @compiled

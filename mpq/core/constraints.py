@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Cell, Cells, CostTable, Floats, Indices, checked
 
 
@@ -68,7 +69,7 @@ class Constraint:
 
     def total(self, choice: Indices) -> float:
         """Return what a choice of cells comes to, to be compared with the limit."""
-        return self.fixed + math.fsum(self.coefficients[choice])
+        return self.fixed + exact_sum(self.coefficients[choice])
 
     def met(self, choice: Indices) -> bool:
         """Tell whether a choice of cells meets it."""

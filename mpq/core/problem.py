@@ -14,6 +14,7 @@ from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import UnitName
+from mpq.core.sums import exact_sum
 from mpq.core.tables import Cell, Cells, CostTable, Indices, Responses, SensitivityTable
 
 _UNITS: dict[str, dict[str, float]] = {
@@ -251,12 +252,12 @@ class Problem:
 
     def score(self, choice: Indices) -> float:
         """Return the additive predicted loss of a choice."""
-        return math.fsum(self.sensitivity.values[choice])
+        return exact_sum(self.sensitivity.values[choice])
 
     def total(self, cost: str, choice: Indices) -> float:
         """Return the total of a cost for a choice, fixed part included."""
         table = self.costs[cost]
-        return table.fixed + math.fsum(table.values[choice])
+        return table.fixed + exact_sum(table.values[choice])
 
     def totals(self, choice: Indices) -> dict[str, float]:
         """Return the totals of all costs."""
