@@ -4,140 +4,18 @@ from __future__ import annotations
 
 import enum
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mpq.core.budgets import Budget, BudgetText, budget_text
 from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import UnitName
 from mpq.core.sums import exact_sum
 from mpq.core.tables import Cell, Cells, CostTable, Indices, Responses, SensitivityTable
-
-_UNITS: dict[str, dict[str, float]] = {
-    "bytes": {
-        "B": 1,
-        "bytes": 1,
-        "kB": 1e3,
-        "MB": 1e6,
-        "GB": 1e9,
-        "KiB": 2**10,
-        "MiB": 2**20,
-        "GiB": 2**30,
-    },
-    "s": {"s": 1, "ms": 1e-3, "us": 1e-6},
-    "bitops": {"bitops": 1, "MBOPs": 1e6, "GBOPs": 1e9, "TBOPs": 1e12},
-    "J": {"J": 1, "mJ": 1e-3, "uJ": 1e-6},
-}
-_BUDGET = re.compile(
-    r"\s*(?P<cost>[\w-]+)\s*<=\s*"
-    r"(?:uniform\s+(?P<uniform>\S+)|(?P<amount>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*"
-    r"(?P<unit>%|[A-Za-z]*))\s*"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """An upper limit on the total of one cost, in the cost's own unit (bytes, s, ...)."""
-
-    cost: str
-    limit: float
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.limit) or self.limit <= 0:
-            raise InvalidInputError(
-                "budget", f"a budget is a positive finite number, got {self.text or self.limit!r}"
-            )
-
-
-_COST_UNITS = {"memory": "bytes", "latency": "s", "bops": "bitops", "energy": "J"}
-
-
-def budget_text(budget: Budget) -> str:
-    """Return the text that `BudgetText.parse` reads back to the same limit."""
-    if budget.cost not in _COST_UNITS:
-        raise unknown("cost", budget.cost, _COST_UNITS)
-    return f"{budget.cost} <= {float(budget.limit)!r} {_COST_UNITS[budget.cost]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetText:
-    """A budget as written, before the costs are known.
-
-    Forms: "memory <= 60%" (of the network as it is), "latency <= 3 ms", "memory <= 8.5 MB"
-    (10^6 bytes) or "8.5 MiB" (2^20), "memory <= 4.25 bpw" (mean over the searched weights with
-    all that their schemes store), "memory <= uniform int4" (what that uniform scheme costs).
-    """
-
-    text: str
-    cost: str
-    amount: float
-    unit: str
-    uniform: Scheme | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> BudgetText:
-        """Read one budget; raises InvalidInputError naming what is wrong."""
-        if not isinstance(text, str):
-            raise InvalidInputError(
-                "budget", f"a budget is a text such as 'memory <= 60%', got {text!r}"
-            )
-        found = _BUDGET.fullmatch(text)
-        if found is None:
-            raise InvalidInputError(
-                "budget",
-                f"cannot read budget {text!r}: write for example 'memory <= 60%', "
-                "'memory <= 8.5 MB', 'latency <= 3 ms' or 'memory <= uniform int4'",
-            )
-        if found["uniform"]:
-            scheme = parse_scheme(found["uniform"])
-            return cls(text=text, cost=found["cost"], amount=1.0, unit="uniform", uniform=scheme)
-        amount = float(found["amount"])
-        if not math.isfinite(amount) or amount <= 0:
-            raise InvalidInputError(
-                "budget", f"a budget is a positive finite number, got {found['amount']} in {text!r}"
-            )
-        known = ["%", "bpw", *(name for units in _UNITS.values() for name in units)]
-        if found["unit"] not in known:
-            raise unknown("budget unit", found["unit"], known)
-        return cls(text=text, cost=found["cost"], amount=amount, unit=found["unit"])
-
-    def resolve(self, costs: Mapping[str, CostTable]) -> Budget:
-        """Return the budget in the cost's own unit."""
-        if self.cost not in costs:
-            raise unknown("cost", self.cost, costs)
-        table = costs[self.cost]
-        return Budget(self.cost, self._limit(table), self.text)
-
-    def _limit(self, table: CostTable) -> float:
-        if self.uniform is not None:
-            # A unit without a choice (pinned) keeps what it has, as in a uniform allocation.
-            cells = [
-                table[unit, schemes[0] if len(schemes) == 1 else self.uniform]
-                for unit, schemes in zip(table.cells.units, table.cells.schemes, strict=True)
-            ]
-            return table.fixed + math.fsum(cells)
-        if self.unit == "%":
-            return self._needs(table.baseline, "a known baseline") * self.amount / 100
-        if self.unit == "bpw" and table.unit == "bytes":
-            return table.fixed + self.amount * self._needs(table.weights, "a weight count") / 8
-        scales = _UNITS.get(table.unit, {})
-        if self.unit not in scales:
-            raise InvalidInputError(
-                "budget",
-                f"{self.text!r}: {self.cost} is counted in {table.unit}, so write it in "
-                f"{' or '.join([*scales, '%'])}",
-            )
-        return self.amount * scales[self.unit]
-
-    def _needs(self, value: float, what: str) -> float:
-        if not value > 0:
-            raise InvalidInputError("budget", f"{self.text!r} needs {what} of cost {self.cost!r}")
-        return value
 
 
 class Allocation(Mapping[UnitName, Scheme]):
@@ -398,4 +276,5 @@ __all__ = [
     "Problem",
     "Solution",
     "Status",
+    "budget_text",
 ]
