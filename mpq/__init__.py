@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mpq.core.constraints import Constraint
 from mpq.core.errors import (
     InfeasibleError,
     InvalidInputError,
@@ -17,9 +18,10 @@ from mpq.core.errors import (
 )
 from mpq.core.evaluation import Evaluation
 from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
+from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
-from mpq.core.problem import Allocation, Budget, Frontier, Problem, Solution, Status
+from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
 from mpq.core.referee import MetricVerdict, RefereeReport
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
@@ -45,6 +47,8 @@ __all__ = [
     "Allocation",
     "Budget",
     "Cells",
+    "Chain",
+    "Constraint",
     "CostTable",
     "Evaluation",
     "Format",
@@ -67,6 +71,7 @@ __all__ = [
     "Solution",
     "Status",
     "StorageError",
+    "Surface",
     "Unit",
     "compare_metrics",
     "open_store",

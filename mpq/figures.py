@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from mpq.additivity import Additivity
-from mpq.core.problem import Frontier, Problem
+from mpq.core.frontier import Frontier
+from mpq.core.problem import Problem
 from mpq.result import SearchResult
 
 _SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J": (1e-3, "mJ")}

@@ -11,9 +11,10 @@ from mpq.additivity import Additivity, additivity
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
 from mpq.core.patterns import matching
-from mpq.core.problem import Allocation, Budget, BudgetText, Frontier, Problem, Solution
+from mpq.core.problem import Allocation, Budget, BudgetText, Problem, Solution
 from mpq.store.store import Store
 
 if TYPE_CHECKING:
@@ -135,12 +136,31 @@ class SearchResult:
         """
         return solve_stored(self.problem, budgets, resolve_pins(self.graph, pin), solver)
 
-    def frontier(self, cost: str = "memory", points: int = 25) -> Frontier:
-        """Return the exact trade-off between one cost and the predicted loss."""
+    def frontier(self, cost: str = "memory", points: int | None = 25) -> Frontier:
+        """Return the proven trade-off between one cost and the predicted loss.
+
+        `points` is evenly spaced limits, None every allocation that nothing beats; the budgets
+        on other costs are kept.
+        """
         from solvers.frontier import frontier
 
-        others = [b for b in self.solution.budgets if b.cost != cost]
-        return frontier(self.problem.with_budgets(others), cost, points)
+        return frontier(self.problem.with_budgets(self.solution.budgets), cost, points)
+
+    def surface(
+        self,
+        costs: tuple[str, str] = ("memory", "latency"),
+        points: tuple[int, int] = (20, 20),
+    ) -> Surface:
+        """Return the best predicted loss at each pair of limits of two costs, all proven."""
+        from solvers.surface import surface
+
+        return surface(self.problem.with_budgets(self.solution.budgets), costs, points)
+
+    def chain(self, cost: str = "memory") -> Chain:
+        """Return nested allocations from the cheapest to the best: a network of any size."""
+        from solvers.chain import chain
+
+        return chain(self.problem, cost)
 
     def additivity(self) -> Additivity:
         """Return whether the parts of the chosen allocation add up: alone, in pairs, measured."""

@@ -18,6 +18,7 @@ from solvers.knapsack import Knapsack
 from solvers.lagrange import Dual
 
 _LISTED = 1 << 14  # choices of half a core
+_TIED = 1e-9
 _DEEPEST = 60  # branchings, one inside the other
 
 
@@ -86,8 +87,15 @@ class Branches:
         )
 
     def _children(self, core: Core, dual: Dual) -> Iterator[Core]:
-        """Yield the core with each entry of its widest unit, the most promising first."""
-        unit = int((dual.prices * core.sizes @ core.widths()).argmax())
+        """Yield the core with each entry of one unit, the most promising first.
+
+        The widest of those units of which no single entry is best at these prices: whatever it
+        takes, the bound rises.
+        """
+        tied = dual.reduced <= _TIED * max(abs(dual.bound), float(dual.reduced.max()))
+        several = np.add.reduceat(tied, core.starts[:-1], dtype=np.int64) > 1
+        wide = dual.prices * core.sizes @ core.widths()
+        unit = int(np.where(several, wide, -1.0).argmax() if several.any() else wide.argmax())
         begin, end = core.starts[unit], core.starts[unit + 1]
         for entry in begin + np.argsort(dual.reduced[begin:end], kind="stable"):
             only = np.ones(len(core.entries), np.bool_)

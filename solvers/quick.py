@@ -14,13 +14,14 @@ from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
 from solvers.branches import Best, Branches
 from solvers.core import Core, Limits
-from solvers.descent import repair
+from solvers.descent import descend, repair
 from solvers.exact import Least, minimise
 from solvers.knapsack import Knapsack, cheapest, fitting, smallest_total
 from solvers.lagrange import Dual, maximise_dual
 from solvers.search import nearest
 
 _FIRST = 24  # entries beyond one per unit in the first core
+_FIRST_NODES = 30  # before a first choice is improved by hand
 _MOST_NODES = 2000  # some seconds
 _MAX_ENTRIES = 4000  # of a core, beyond one per unit
 _REPAIRABLE = 100_000  # entries from which on changing units one by one takes too long
@@ -98,9 +99,23 @@ class _Search:
         self.lower = knapsack.base + max(0.0, dual.bound)
         if len(knapsack.cells) <= _REPAIRABLE:
             self.best.offer(knapsack, repair(knapsack, dual.least, steps=_REPAIRS))
-        if self._deepen(knapsack, limits, dual, effort):
-            return self._answer(proven=True)
-        return self._answer(proven=False) if self._close() else self._program(knapsack, dual)
+        for most_nodes in (_FIRST_NODES, _MOST_NODES):
+            if self._deepen(knapsack, limits, dual, effort, most_nodes):
+                return self._answer(proven=True)
+            if not self._close() and len(knapsack.cells) <= _REPAIRABLE:
+                self._polish(knapsack, dual)
+            if self._close():
+                return self._answer(proven=False)
+        return self._program(knapsack, dual)
+
+    def _polish(self, knapsack: Knapsack, dual: Dual) -> None:
+        """Improve a choice that fits by single changes and swaps."""
+        start = dual.least
+        if self.best.choice is not None:
+            start = np.searchsorted(knapsack.cells, self.best.choice)
+        fitting_choice = repair(knapsack, start)
+        if fitting_choice is not None:
+            self.best.offer(knapsack, descend(knapsack, fitting_choice, prices=dual.prices))
 
     def _limits(self, knapsack: Knapsack, numbers: Indices) -> Limits:
         rows = [self.rows[k] for k in numbers]
@@ -111,7 +126,9 @@ class _Search:
             sizes = np.maximum(sizes, np.abs(costs).max(axis=1))
         return Limits(costs=costs, fixed=fixed, limits=limits, sizes=sizes)
 
-    def _deepen(self, knapsack: Knapsack, limits: Limits, dual: Dual, effort: int) -> bool:
+    def _deepen(
+        self, knapsack: Knapsack, limits: Limits, dual: Dual, effort: int, most_nodes: int
+    ) -> bool:
         """Search deeper and deeper; tell whether the best choice, or that none fits, is proven."""
         units, whole = len(knapsack.starts) - 1, Core.whole(knapsack, limits)
         most = float(np.maximum.reduceat(knapsack.objective, knapsack.starts[:-1]).sum())
@@ -130,8 +147,8 @@ class _Search:
                 knapsack=knapsack,
                 limits=limits,
                 threshold=threshold,
-                worth=max(threshold, dual.bound + 16 * depth),
-                most_nodes=effort if self._close() else _MOST_NODES,
+                worth=max(threshold, dual.bound + 4 * depth),
+                most_nodes=effort if self._close() else most_nodes,
                 deadline=self.deadline,
             )
             if not branches.complete(whole, dual):

@@ -257,21 +257,12 @@ class Solution:
     infeasibility: Infeasibility | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frontier:
-    """Solutions along the limits of one cost, from the smallest to the largest."""
-
-    cost: str
-    solutions: tuple[Solution, ...]
-
-
 __all__ = [
     "Allocation",
     "Budget",
     "BudgetText",
     "Cell",
     "Constraint",
-    "Frontier",
     "Infeasibility",
     "Problem",
     "Solution",
