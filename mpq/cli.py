@@ -150,6 +150,41 @@ def solve_again(
         print_solution(graph, problem, solution, as_json)
 
 
+@app.command("frontier", rich_help_panel="Inspect")
+def show_frontier(
+    run: RunName = "latest",
+    cost: Annotated[
+        str, typer.Option(help="memory, latency, bops, or two of them: memory,latency.")
+    ] = "memory",
+    points: Annotated[int | None, typer.Option(help="Evenly spaced limits (of each cost).")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every allocation that nothing beats, however near.")
+    ] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the proven trade-off between costs and predicted loss; loads no model."""
+    from mpq.core.errors import InvalidInputError
+    from mpq.core.jobs import RunState
+    from mpq.result import KEPT_GRID, KEPT_POINTS, SearchResult
+    from mpq.store.store import open_store
+    from mpq.terminal import print_frontier, print_surface
+
+    with open_store(storage) as store:
+        result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
+        costs = tuple(name.strip() for name in cost.split(","))
+        if len(costs) == 1:
+            found = result.frontier(cost, None if every else points or KEPT_POINTS)
+            print_frontier(result.problem, found, as_json)
+            return
+        if len(costs) != 2 or every:
+            raise InvalidInputError(
+                "cost", f"a frontier is of one cost or, without --all, of two, got {cost!r}"
+            )
+        grid = KEPT_GRID if points is None else (points, points)
+        print_surface(result.problem, result.surface((costs[0], costs[1]), grid), as_json)
+
+
 @app.command("report", rich_help_panel="Inspect")
 def report_page(run: RunName = "latest", out: Path | None = None, storage: Storage = None) -> None:
     """Write the HTML page of a stored run: frontier, bits per layer, measurements."""

@@ -26,6 +26,8 @@ def plots(result: SearchResult) -> list[dict[str, str]]:
     figures = [
         (f"Predicted loss against {name}", _frontier_figure(result, name)) for name in frontiers
     ]
+    if {"memory", "latency"} <= set(frontiers):
+        figures.append(("Predicted loss within both budgets", _surface_figure(result)))
     figures.append(("Bits of each unit, in network order", _bits_figure(result)))
     figures.append(("Predicted loss of each unit in each scheme", _heat_map(result.problem)))
     found = result.additivity()
@@ -82,6 +84,45 @@ def _frontier_figure(result: SearchResult, cost: str) -> Any:
             figure.add_vline(x=budget.limit / scale, line_dash="dash", annotation_text="budget")
     figure.update_layout(xaxis_title=f"{cost} ({unit})", yaxis_title="predicted loss")
     figure.update_yaxes(type="log", exponentformat="power")
+    return _styled(figure)
+
+
+def _surface_figure(result: SearchResult) -> Any:
+    import plotly.graph_objects as go
+
+    found = result.surface()
+    scaled = [_SCALES[result.problem.costs[cost].unit] for cost in found.costs]
+    (x, x_unit), (y, y_unit) = (
+        (limits / scale, unit) for limits, (scale, unit) in zip(found.limits, scaled, strict=True)
+    )
+    scores = np.array([[np.nan if s is None else s.score for s in row] for row in found.solutions])
+    figure = go.Figure(
+        go.Heatmap(
+            x=x,
+            y=y,
+            z=np.log10(np.where(scores > 0, scores, np.nan)).T,
+            customdata=scores.T,
+            colorscale=_BIT_COLOURS,
+            reversescale=True,
+            colorbar={"title": "log10"},
+            hovertemplate=(
+                f"{found.costs[0]} <= %{{x:.4g}} {x_unit}<br>{found.costs[1]} <= %{{y:.4g}} "
+                f"{y_unit}<br>predicted loss %{{customdata:.3g}}<extra></extra>"
+            ),
+        )
+    )
+    totals = result.solution.totals or {}
+    figure.add_scatter(
+        x=[totals[found.costs[0]] / scaled[0][0]],
+        y=[totals[found.costs[1]] / scaled[1][0]],
+        mode="markers",
+        marker={"symbol": "star", "size": 15, "color": "#d95f02"},
+        name="chosen",
+    )
+    figure.update_layout(
+        xaxis_title=f"{found.costs[0]} budget ({x_unit})",
+        yaxis_title=f"{found.costs[1]} budget ({y_unit}); blank: nothing fits",
+    )
     return _styled(figure)
 
 

@@ -34,7 +34,7 @@ from mpq.limited import needs_metrics
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
-from mpq.result import SearchResult
+from mpq.result import KEPT_GRID, KEPT_POINTS, SearchResult
 from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
@@ -266,6 +266,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         run_id,
         with_metrics,
     )
+    _keep_frontiers(problem.with_budgets(chosen.solution.budgets), store, run_id)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
 
@@ -339,6 +340,17 @@ def _compare(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )
     measured(candidates)
+
+
+def _keep_frontiers(problem: Problem, store: Store, run_id: str) -> None:
+    """Keep what any other budget would give, for every page and question to come."""
+    from solvers.frontier import frontier
+    from solvers.surface import surface
+
+    for cost in problem.costs:
+        store.put_frontier(run_id, frontier(problem, cost, KEPT_POINTS))
+    if {"memory", "latency"} <= problem.costs.keys():
+        store.put_frontier(run_id, surface(problem, ("memory", "latency"), KEPT_GRID))
 
 
 def _weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:

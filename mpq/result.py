@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+KEPT_POINTS = 25
+KEPT_GRID = (12, 12)
+
+
 def resolve_budgets(problem: Problem, budgets: Sequence[str | Budget]) -> Problem:
     """Return the problem under budgets given as texts or records."""
     if isinstance(budgets, str | Budget):
@@ -136,12 +140,15 @@ class SearchResult:
         """
         return solve_stored(self.problem, budgets, resolve_pins(self.graph, pin), solver)
 
-    def frontier(self, cost: str = "memory", points: int | None = 25) -> Frontier:
+    def frontier(self, cost: str = "memory", points: int | None = KEPT_POINTS) -> Frontier:
         """Return the proven trade-off between one cost and the predicted loss.
 
         `points` is evenly spaced limits, None every allocation that nothing beats; the budgets
-        on other costs are kept.
+        on other costs are kept. That of 25 points is kept with the run.
         """
+        kept = self.store.frontier(self.run_id, cost) if points == KEPT_POINTS else None
+        if kept is not None:
+            return kept
         from solvers.frontier import frontier
 
         return frontier(self.problem.with_budgets(self.solution.budgets), cost, points)
@@ -149,9 +156,15 @@ class SearchResult:
     def surface(
         self,
         costs: tuple[str, str] = ("memory", "latency"),
-        points: tuple[int, int] = (20, 20),
+        points: tuple[int, int] = KEPT_GRID,
     ) -> Surface:
-        """Return the best predicted loss at each pair of limits of two costs, all proven."""
+        """Return the best predicted loss at each pair of limits of two costs, all proven.
+
+        The one of memory and latency with the default points is kept with the run.
+        """
+        kept = self.store.surface(self.run_id, costs) if points == KEPT_GRID else None
+        if kept is not None:
+            return kept
         from solvers.surface import surface
 
         return surface(self.problem.with_budgets(self.solution.budgets), costs, points)

@@ -14,6 +14,7 @@ from rich.text import Text
 from mpq.additivity import Additivity, additivity
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order
+from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
@@ -110,6 +111,57 @@ def print_solution(
     console = _console()
     console.print(_units_table(graph, problem, solution.allocation))
     console.print(_budget_table(problem, solution))
+
+
+def print_frontier(problem: Problem, found: Frontier, as_json: bool = False) -> None:
+    """Print the solutions along the limits of one cost."""
+    if as_json:
+        print(json.dumps([solution_view(solution) for solution in found.solutions], indent=2))
+        return
+    others = [name for name in problem.costs if name != found.cost]
+    table = Table(f"{found.cost} <=", box=None, header_style="bold")
+    for column in (found.cost, *others, "predicted loss", "gap", "mean bits"):
+        table.add_column(column, justify="right")
+    for solution in found.solutions:
+        limit = next(b.limit for b in solution.budgets if b.cost == found.cost)
+        totals, allocation = solution.totals or {}, solution.allocation
+        bits = [scheme.weights.bits for scheme in allocation.values()] if allocation else []
+        table.add_row(
+            quantity(limit, problem.costs[found.cost].unit),
+            *(quantity(totals[n], problem.costs[n].unit) for n in (found.cost, *others)),
+            f"{solution.score:.4g}",
+            f"{solution.gap:.1g}",
+            f"{sum(bits) / len(bits):.2f}" if bits else "-",
+        )
+    kind = "every allocation that nothing beats" if found.complete else "evenly spaced limits"
+    table.caption = f"{len(found.solutions)} points, {kind}"
+    _console().print(table)
+
+
+def print_surface(problem: Problem, found: Surface, as_json: bool = False) -> None:
+    """Print the predicted loss at each pair of limits of two costs."""
+    if as_json:
+        rows = [[s and solution_view(s) for s in row] for row in found.solutions]
+        limits = dict(zip(found.costs, (axis.tolist() for axis in found.limits), strict=True))
+        print(json.dumps({"limits": limits, "solutions": rows}, indent=2))
+        return
+    first, second = (problem.costs[name].unit for name in found.costs)
+    table = Table(f"{found.costs[1]} <=", box=None, header_style="bold")
+    for limit in found.limits[0]:
+        table.add_column(quantity(limit, first, digits=3), justify="right")
+    for j in reversed(range(len(found.limits[1]))):
+        scores = [row[j] for row in found.solutions]
+        table.add_row(
+            quantity(found.limits[1][j], second, digits=3),
+            *("-" if s is None else f"{s.score:.3g}" for s in scores),
+        )
+    solved = [s for row in found.solutions for s in row if s is not None]
+    gap = max((s.gap for s in solved), default=0.0)
+    table.caption = (
+        f"predicted loss; columns: {found.costs[0]} <=; {len(solved)} of "
+        f"{len(found.limits[0]) * len(found.limits[1])} can be met, proven within {gap:.1g}"
+    )
+    _console().print(table)
 
 
 def print_runs(store: Store, limit: int, as_json: bool = False) -> None:

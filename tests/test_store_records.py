@@ -21,6 +21,9 @@ from mpq.core.layers import Convolution, Layer, LayerGraph, Unit, Unsearched
 from mpq.core.problem import Allocation, Budget, Infeasibility, Solution, Status
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 from mpq.store import Store, open_store
+from solvers.frontier import frontier
+from solvers.surface import surface
+from tests.test_solvers import drawn
 
 SPEC = JobSpec(model="pkg.mod:net", calibration="pkg.mod:data", budgets=("memory <= 60%",))
 # Neither units nor schemes in alphabetical order, nor the same schemes for all units.
@@ -368,3 +371,20 @@ def test_large_tables_come_back(store: Store, run_id: str) -> None:
     table = sensitivity(cells=cells)
     store.put_sensitivity(run_id, table)
     assert same(store.sensitivity(run_id), table)
+
+
+def test_frontiers_come_back(store: Store, run_id: str) -> None:
+    problem = drawn(5, 4)
+    store.put_sensitivity(run_id, dataclasses.replace(problem.sensitivity, metric="gauss_newton"))
+    line = frontier(problem, "memory", points=6)
+    store.put_frontier(run_id, line)
+    kept = store.frontier(run_id, "memory")
+    assert kept is not None
+    assert same(kept, line)
+    assert store.frontier(run_id, "latency") is None
+    grid = surface(problem, points=(4, 3))
+    store.put_frontier(run_id, grid)
+    store.put_frontier(run_id, grid)  # in place of the earlier one
+    assert same(store.surface(run_id, grid.costs), grid)
+    assert any(s is None for row in grid.solutions for s in row)
+    assert store.surface(run_id, ("latency", "memory")) is None

@@ -205,3 +205,25 @@ def test_next_migration_can_be_written(tmp_path: Path) -> None:
     written = next(versions.glob("*.py")).read_text()
     assert "op." not in written
     compile(written, "0002", "exec")
+
+
+def test_a_database_of_the_first_version_keeps_its_data(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    config = migrations()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001_first_tables")
+    engine.dispose()
+    execute(
+        path,
+        "INSERT INTO runs (id, name, model, metric, device, mpq_version, state, created_at, spec)"
+        " VALUES ('abc', 'kept', 'm:n', 'kl', '', '0.1.0', 'PENDING', '2026-01-01 00:00:00', "
+        '\'{"model": "m:n", "calibration": "m:d", "budgets": []}\')',
+    )
+    with pytest.raises(StorageError, match="mpq db upgrade"):
+        open_store(path)
+    assert upgrade(path) == ("0001_first_tables", HEAD)
+    with open_store(path) as store:
+        assert store.run("abc").name == "kept"
+        assert store.run("abc").spec.model == "m:n"

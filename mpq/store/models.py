@@ -217,6 +217,43 @@ class AllocationRow(Base):
     scheme: Mapped[str]
 
 
+class FrontierRow(Base):
+    """A trade-off of one cost or two ("memory,latency"); two have a grid of limits."""
+
+    __tablename__ = "frontiers"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    costs: Mapped[str] = mapped_column(primary_key=True)
+    complete: Mapped[bool]
+    grid: Mapped[tuple[tuple[float, ...], ...]] = mapped_column(Json(tuple[tuple[float, ...], ...]))
+    created_at: Mapped[datetime]
+
+
+class FrontierPointRow(Base):
+    """One solution of a trade-off; `places` is an .npy file of the place of each unit's scheme."""
+
+    __tablename__ = "frontier_points"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["run_id", "costs"], ["frontiers.run_id", "frontiers.costs"], ondelete="CASCADE"
+        ),
+        Index(None, "run_id", "costs", "score"),
+    )
+
+    run_id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    costs: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str]
+    solver: Mapped[str]
+    score: Mapped[float]
+    bound: Mapped[float]
+    gap: Mapped[float]
+    seconds: Mapped[float]
+    budgets: Mapped[tuple[Budget, ...]] = mapped_column(Json(tuple[Budget, ...]))
+    totals: Mapped[Mapping[str, float]] = mapped_column(Json(dict[str, float]))
+    places: Mapped[bytes]
+
+
 class EvaluationRow(Base):
     """One candidate measured on one split."""
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from mpq.core.errors import MpqError
 from mpq.core.evaluation import Evaluation
+from mpq.core.frontier import Frontier, Surface
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.latency import KernelCase, KernelLatency
 from mpq.core.layers import LayerGraph
@@ -22,6 +23,7 @@ from mpq.core.tables import CostTable, Responses, SensitivityTable
 from mpq.store import (
     evaluations,
     events,
+    frontiers,
     graphs,
     latencies,
     partials,
@@ -224,6 +226,23 @@ class Store:
         """Return (label, solution) in the order they were put."""
         with self._read(run_id) as session:
             return solutions.get(session, run_id)
+
+    def put_frontier(self, run_id: str, found: Frontier | Surface) -> None:
+        """Keep the trade-off of one cost or two."""
+        with self._write(run_id) as session:
+            frontiers.put(session, run_id, found, tables.cells(session, run_id))
+
+    def frontier(self, run_id: str, cost: str) -> Frontier | None:
+        """Return the trade-off of a cost that was kept, if any."""
+        with self._read(run_id) as session:
+            found = frontiers.get(session, run_id, (cost,), tables.cells(session, run_id))
+        return found if isinstance(found, Frontier) else None
+
+    def surface(self, run_id: str, costs: tuple[str, str]) -> Surface | None:
+        """Return the trade-off of two costs that was kept, if any."""
+        with self._read(run_id) as session:
+            found = frontiers.get(session, run_id, costs, tables.cells(session, run_id))
+        return found if isinstance(found, Surface) else None
 
     def put_evaluation(self, run_id: str, evaluation: Evaluation) -> None:
         """Keep what a candidate did on a split."""

@@ -74,6 +74,11 @@ def sensitivity(
     )
 
 
+def cells(session: Session, run_id: str) -> Cells:
+    """Return the choices of a run, in the order of its tables."""
+    return sensitivity(session, run_id, None, CellReader()).cells
+
+
 def put_cost(session: Session, run_id: str, table: CostTable) -> None:
     """Keep a table in place of an earlier one of the same name."""
     session.execute(delete(CostRow).where(CostRow.run_id == run_id, CostRow.name == table.name))
