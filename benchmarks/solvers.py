@@ -1,6 +1,7 @@
-"""How fast and how exact solver "auto" is, next to PuLP with CBC.
+"""How fast and how exact solver "auto" is, next to PuLP with CBC, and its frontiers.
 
 Heavy-tailed synthetic instances, two budgets, gap 1e-4, warm, one thread; tight: 5 % of range.
+What the other solvers and questions take is in benchmarks/solver_sections.
 Run: python benchmarks/solvers.py [units ...]
 """
 
@@ -25,7 +26,8 @@ from mpq.core.tables import Cells, CostTable, SensitivityTable
 from solvers.auto import Auto
 
 SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16")
-SEEDS = {500: 20, 5000: 20, 1_000_000: 1}
+SEEDS = {500: 20, 5000: 20, 1_000_000: 3}
+GRID = (22, 22)  # of limits, of which some 50 to 60 near both ends cannot be met
 
 
 def instance(units: int, *, tight: float, seed: int) -> Problem:
@@ -78,6 +80,8 @@ def speed(units: int, tight: float) -> None:
     spent, gaps, ratios = [], [], []
     for seed in range(SEEDS.get(units, 5)):
         problem = instance(units, tight=tight, seed=seed)
+        if units > 100_000 and not seed:
+            Auto().solve(problem)  # the machine gives out its memory, which takes a second
         start = time.perf_counter()
         solution = Auto().solve(problem)
         spent.append(time.perf_counter() - start)
@@ -89,6 +93,38 @@ def speed(units: int, tight: float) -> None:
         f"{units:8d} x 8 {tight:6.2f} {len(spent):6d} {1e3 * np.median(spent):10.1f} "
         f"{1e3 * max(spent):10.1f} {max(gaps):10.1e} {cbc}",
         flush=True,
+    )
+
+
+def frontiers(seeds: int = 20) -> None:
+    """Print how long it takes to know what every budget would give."""
+    from solvers.chain import chain
+    from solvers.surface import surface
+
+    spent, points, gaps, slowest = [], [], [], []
+    for seed in range(seeds):
+        start = time.perf_counter()
+        found = surface(instance(500, tight=0.3, seed=seed), points=GRID, gap=1e-3)
+        spent.append(time.perf_counter() - start)
+        solved = [s for row in found.solutions for s in row if s is not None]
+        points.append(len(solved))
+        gaps.append(max(s.gap for s in solved))
+        slowest.append(max(s.seconds for s in solved))
+    print(
+        f"memory-latency surface, 500 x 8, {seeds} seeds: {min(points)} to {max(points)} points, "
+        f"gap at most {max(gaps):.1e}; median {np.median(spent):.2f} s, max {max(spent):.2f} s; "
+        f"slowest point {max(slowest):.2f} s"
+    )
+    times, steps = [], []
+    for seed in range(seeds):
+        problem = instance(5000, tight=0.3, seed=seed)
+        chain(problem, "memory")
+        start = time.perf_counter()
+        steps.append(len(chain(problem, "memory")))
+        times.append(time.perf_counter() - start)
+    print(
+        f"complete convex frontier, 5000 x 8, {seeds} seeds: {np.median(steps):.0f} points; median "
+        f"{1e3 * np.median(times):.1f} ms, max {1e3 * max(times):.1f} ms"
     )
 
 
@@ -117,6 +153,8 @@ def main() -> None:
     for units in [int(float(text)) for text in sys.argv[1:]] or SEEDS:
         for tight in (0.3,) if units > 100_000 else (0.3, 0.05):
             speed(units, tight)
+    print()
+    frontiers()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
     print(f"\npeak memory: {peak:.2f} GB")
 
