@@ -19,7 +19,7 @@ from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import CostTable, Responses, SensitivityTable
 from mpq.criterion import Criterion
-from solvers import get_solver
+from solvers.pairs import Pairs
 from solvers.trust import cross_validated
 
 Relinearise = Callable[[Allocation], Responses]
@@ -50,7 +50,7 @@ def refine(
         if responses is None:
             responses = relinearise(best.allocation)
         nearby = cross_validated(_nearby(problem, best.allocation, responses, region))
-        solution = get_solver("pairs").solve(nearby)
+        solution = Pairs(prove=False).solve(nearby)
         if solution.allocation is None or not solution.score < 0:
             break
         proposal = Proposal(

@@ -59,7 +59,7 @@ def test_finds_the_best_of_small_problems_nearly_always() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_never_worse_than_the_additive_optimum(seed: int) -> None:
     problem = with_responses(drawn(25, 6, seed=seed), seed=seed)
-    solution = check(problem, Pairs(num_starts=0, num_kicks=0).solve(problem))
+    solution = check(problem, Pairs(num_starts=0, num_kicks=0, prove=False).solve(problem))
     assert solution.status is Status.FEASIBLE
     assert solution.allocation is not None
     assert problem.fits(solution.allocation)

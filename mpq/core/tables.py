@@ -420,7 +420,7 @@ def _shrink(found: Floats, unit: npt.NDArray[np.floating], scale: Floats) -> flo
     for place, (k, l) in enumerate(zip(first, second, strict=True)):
         np.multiply(unit[:, :, k], unit[:, :, l], out=outer[:, place])
         outer[:, place] *= 1.0 if k == l else np.sqrt(2.0)
-    outer = outer.reshape(num_cells, -1)
+    outer = outer.reshape(num_cells, len(first) * samples)
     largest = float(np.einsum("ij,ij->i", outer, outer).max(initial=0.0))
     squares = outer @ outer.T
     precision = float(np.finfo(unit.dtype).eps)
