@@ -48,20 +48,19 @@ def lower_bound(form: Interacting, best: Indices) -> float:
     """
     score, bound = form.score(best), -math.inf
     for _ in range(_ROUNDS):
+        if len(form.own) == len(best):
+            return math.inf
         proof = _proof(form, best, score)
         if proof is None:
             return bound
         bound = max(bound, min(proof.bound, score))
-        keep = proof.bound + proof.reduced < score
-        keep[best] = True
-        kept = np.flatnonzero(keep)
-        if len(kept) == len(best):
-            return math.inf
-        if len(kept) > _FEWER * len(keep):
-            break
-        best = np.searchsorted(kept, best)
-        form = form.part(kept)
-    return bound
+        open_still = proof.bound + proof.reduced < score
+        open_still[best] = True
+        kept = np.flatnonzero(open_still)
+        if len(best) < len(kept) and len(kept) > _FEWER * len(open_still):
+            return bound
+        best, form = np.searchsorted(kept, best), form.part(kept)
+    return math.inf if len(form.own) == len(best) else bound
 
 
 def _proof(form: Interacting, best: Indices, score: float) -> Proof | None:

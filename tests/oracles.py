@@ -128,6 +128,29 @@ def fast_brute_force(problem: Problem) -> float | None:
     return None
 
 
+def fast_pairwise_brute_force(problem: Problem) -> float | None:
+    """Return the least x^T G x of all choices that meet every budget: two halves, all pairs."""
+    assert problem.responses is not None
+    interactions, offsets = problem.responses.interactions(), problem.cells.offsets
+    unit = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    cross = np.where(unit[:, None] == unit, 0.0, interactions)
+    middle = len(offsets) // 2
+    halves = []
+    for part in (offsets[: middle + 1], offsets[middle:]):
+        ranges = [np.arange(a, b) for a, b in itertools.pairwise(part.tolist())]
+        grid = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(-1, len(ranges))
+        taken = np.zeros((len(grid), len(cross)))
+        np.put_along_axis(taken, grid, 1.0, axis=1)
+        halves.append(taken)
+    own = [taken @ np.diagonal(interactions) + ((taken @ cross) * taken).sum(1) for taken in halves]
+    score = own[0][:, None] + own[1] + 2.0 * (halves[0] @ cross @ halves[1].T)
+    for row in problem.rows():
+        total = [taken @ row.coefficients for taken in halves]
+        score[row.fixed + total[0][:, None] + total[1] > row.limit * (1 + 1e-12)] = np.inf
+    best = float(score.min())
+    return None if best == np.inf else best
+
+
 # --- networks --------------------------------------------------------------------------------
 
 
