@@ -10,7 +10,7 @@ import numpy as np
 from mpq.core.tables import Floats, Indices
 
 _ITERATIONS = 40
-_CLOSE = 1e-3  # difference of the two objectives that is near enough
+_CLOSE = 5e-3  # difference of the two objectives that is near enough
 _STEP = 0.95  # of the way to the edge
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -96,6 +97,17 @@ def _minimiser(problem: Problem) -> Minimise:
     return minimise_quickly
 
 
+def _local_search(
+    entries: int,
+) -> tuple[Callable[[Knapsack, Indices], Indices | None], Callable[..., Indices]]:
+    """Return what repairs and what descends: compiled for many."""
+    if entries < MANY:
+        return repair, descend
+    from solvers.quick_descent import descend_quickly, repair_quickly
+
+    return repair_quickly, descend_quickly
+
+
 def _prices(knapsack: Knapsack) -> Floats:
     """Return almost the best prices of the weights, zero where there are none."""
     if len(knapsack.cells) < MANY:
@@ -118,6 +130,7 @@ class _Descents:
         self.problem, self.knapsack, self.own = problem, form.knapsack, form.own
         self.cross = self._apart(form)
         self.prices = _prices(form.knapsack)
+        self.repair, self.descend = _local_search(len(self.own))
 
     def _apart(self, form: Interacting) -> Floats:
         """Return the cross terms with forbidden pairs worse than anything else."""
@@ -137,7 +150,7 @@ class _Descents:
             return None
         if field is None:
             field = field_of(self.cross, choice)
-        choice = descend(
+        choice = self.descend(
             self.knapsack,
             choice,
             prices=self.prices,
@@ -153,14 +166,14 @@ class _Descents:
         objective = self.knapsack.objective * np.exp(rng.normal(0.0, 0.6, len(self.own)))
         scaled = replace(self.knapsack, objective=objective)
         order = np.lexsort((objective + self.prices @ self.knapsack.weights, self.knapsack.units))
-        return repair(scaled, order[self.knapsack.starts[:-1]])
+        return self.repair(scaled, order[self.knapsack.starts[:-1]])
 
     def kicked(self, best: _Found, rng: np.random.Generator) -> _Found | None:
         """Return the local optimum after a few units changed at random, repaired to fit."""
         entries = rng.choice(len(self.own), size=min(_KICKED, len(self.own)), replace=False)
         choice = best.choice.copy()
         choice[self.knapsack.units[entries]] = entries
-        repaired = repair(self.knapsack, choice)
+        repaired = self.repair(self.knapsack, choice)
         if repaired is None:
             return None
         moved = np.flatnonzero(repaired != best.choice)

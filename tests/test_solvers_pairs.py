@@ -12,10 +12,11 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Problem, Status
 from solvers import solve
 from solvers.check import check
-from solvers.descent import descend, repair
+from solvers.descent import descend, field_of, repair
 from solvers.knapsack import fitting
 from solvers.pairs import Pairs
 from solvers.pairwise import pairwise_score
+from solvers.quick_descent import descend_quickly, repair_quickly
 from tests.oracles import brute_force
 from tests.test_solvers import drawn, made, with_responses
 
@@ -99,8 +100,9 @@ def test_a_problem_without_responses_is_refused() -> None:
     assert error.value.code == "needs_responses"
 
 
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_single_change_nor_swap_improves_the_end_of_a_descent(seed: int) -> None:
+def test_no_single_change_nor_swap_improves_the_end_of_a_descent(seed: int, quick: bool) -> None:
     problem = with_responses(drawn(6, 4, tight=0.3, seed=seed), seed=seed)
     assert problem.responses is not None
     interactions = problem.responses.interactions()
@@ -111,7 +113,13 @@ def test_no_single_change_nor_swap_improves_the_end_of_a_descent(seed: int) -> N
     cross[knapsack.units[:, None] == knapsack.units] = 0
     start = repair(knapsack, knapsack.starts[:-1])
     assert start is not None
-    end = knapsack.cells[descend(knapsack, start, prices=np.zeros(2), cross=cross, pool=10**6)]
+    assert np.array_equal(start, repair_quickly(knapsack, knapsack.starts[:-1]))
+    field, search = field_of(cross, start), descend_quickly if quick else descend
+    found = search(
+        knapsack, start, prices=np.zeros(2), cross=cross, field=field, pool=len(knapsack.cells)
+    )
+    assert field == pytest.approx(field_of(cross, found), rel=1e-9)
+    end = knapsack.cells[found]
     reached = pairwise_score(problem, end)
     unit_of = np.repeat(np.arange(6), 4)
     for first in range(24):
