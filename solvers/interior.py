@@ -38,11 +38,12 @@ class Relaxation:
         Vanderbei and Wolkowicz (1996).
         """
         same = self.units[:, None] == self.units
-        path = _Path(self, curvature, point, prices)
+        path = None
         for _ in range(_ITERATIONS):
-            if path.gap() < _CLOSE:
-                return
             try:
+                path = path or _Path(self, curvature, point, prices)
+                if path.gap() < _CLOSE:
+                    return
                 path.advance()
             except np.linalg.LinAlgError:
                 return

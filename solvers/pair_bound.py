@@ -19,6 +19,8 @@ _FEWER = 0.8  # share of entries that must be left for another round not to be w
 
 def can_try_all(form: Interacting) -> bool:
     """Tell whether there are so few choices that each of them can be scored."""
+    if len(form.own) >= MANY:
+        return False
     work = float(np.log(np.diff(form.knapsack.starts)).sum() + 2 * np.log(len(form.own)))
     return work <= math.log(_MOST_WORK)
 
@@ -46,7 +48,7 @@ def lower_bound(form: Interacting, best: Indices) -> float:
     `best` (entry of each unit) is a good choice. What a bound shows to be no better than it is
     left out, and what remains is bounded again.
     """
-    score, bound = form.score(best), -math.inf
+    score, bound = form.score(best) + float(form.doubt[best].sum()), -math.inf
     for _ in range(_ROUNDS):
         if len(form.own) == len(best):
             return math.inf

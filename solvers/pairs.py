@@ -60,7 +60,7 @@ class Pairs:
             reason = explain(problem, time_limit_s=self.time_limit_s, by=minimiser)
         elif choice is not None:
             form = Interacting.of(problem, interactions, doubt)
-            proven = proven and (form is None or not form.cross.any())
+            proven = proven and form is not None and not form.cross.any()
             if form is not None and not proven:
                 choice, bound = self._improved(problem, form, choice)
         return finish(
@@ -89,7 +89,7 @@ class Pairs:
 
 
 def _minimiser(problem: Problem) -> Minimise:
-    """Return what finds the additive optimum: compiled for many cells, as loading that takes long."""
+    """Return what finds the additive optimum: compiled for many cells."""
     if len(problem.cells) < MANY:
         return minimise
     from solvers.quick import minimise_quickly
@@ -194,9 +194,10 @@ class _Descents:
                 found = self.kicked(best, rng)
             else:
                 found = self.improved(self.scaled(rng) if attempt else start)
-            if found is not None and found.score < best.score:
-                if self.problem.meets(self.knapsack.cells[found.choice]):
-                    best = found
+            if found is None or not found.score < best.score:
+                continue
+            if self.problem.meets(self.knapsack.cells[found.choice]):
+                best = found
         return best.choice
 
 

@@ -20,7 +20,7 @@ def size_of(form: Interacting) -> int:
     return 1 + int((free * (free + 1) // 2).sum()) + len(form.knapsack.slack)
 
 
-def relax_pairs(form: Interacting, best: Indices, score: float) -> Proof:
+def relax_pairs(form: Interacting, best: Indices, score: float) -> Proof | None:
     """Return almost the best bound that a convex form of the score gives.
 
     `best` (entry of each unit) is a good choice and `score` what it scores; entries are counted
@@ -28,11 +28,12 @@ def relax_pairs(form: Interacting, best: Indices, score: float) -> Proof:
     matrix Z >= z z^T in place of z z^T, Z_ii = z_i, and zeros within a unit; its dual is the best
     `curvature` within units and the best prices (Poljak, Rendl and Wolkowicz 1995). Solved by
     the primal-dual predictor-corrector method of Helmberg, Rendl, Vanderbei and Wolkowicz (1996);
-    each iterate proves a bound by itself (`prove`), so nothing hangs on its precision.
+    each iterate proves a bound by itself (`prove`), so nothing hangs on its precision. None where
+    rounding leaves none of them convex.
     """
     counted = _Counted.of(form, best, score)
-    curvature, point, prices = counted.start()
-    found = counted.proof(curvature, point, prices)
+    start = counted.start()
+    found = counted.proof(*start)
     relaxation = Relaxation(
         quadratic=counted.quadratic,
         linear=counted.linear,
@@ -40,11 +41,10 @@ def relax_pairs(form: Interacting, best: Indices, score: float) -> Proof:
         weights=counted.weights,
         slack=counted.slack,
     )
-    for curvature, point, prices in relaxation.iterates(curvature, point, prices):
-        proof = counted.proof(curvature, point, prices)
+    for iterate in relaxation.iterates(*start):
+        proof = counted.proof(*iterate)
         if proof is not None and (found is None or proof.bound > found.bound):
             found = proof
-    assert found is not None
     return found
 
 
@@ -115,7 +115,8 @@ class _Counted:
         least = float(np.linalg.eigvalsh((self.quadratic + inner) / root / root[:, None])[0])
         inner.flat[:: len(inner) + 1] += diagonal * max(0.05, 0.05 - least)
         sizes = np.bincount(self.units)
-        return inner, 1.0 / (sizes[self.units] + 1.0), np.full(len(self.slack), 1e-2)
+        point = np.asarray(1.0 / (sizes[self.units] + 1.0), np.float64)
+        return inner, point, np.full(len(self.slack), 1e-2)
 
     def proof(self, curvature: Floats, point: Floats, prices: Floats) -> Proof | None:
         """Return what they prove, with the sharper `reduced` that the curvature gives.
