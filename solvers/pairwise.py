@@ -8,7 +8,8 @@ import numpy as np
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Problem
-from mpq.core.tables import Cells, Floats, Indices, Responses
+from mpq.core.shrinkage import shrunk_products
+from mpq.core.tables import Floats, Indices, Responses
 from solvers.knapsack import Knapsack, fitting
 
 MANY = 500  # cells from which on single precision saves time that counts
@@ -34,13 +35,9 @@ def pairwise_score(problem: Problem, choice: Indices) -> float:
     one. Raises InvalidInputError (`needs_responses`).
     """
     responses = responses_of(problem)
-    units = problem.cells.units
-    places = choice - problem.cells.offsets[:-1]
-    chosen = Cells(
-        units=units,
-        schemes=tuple((problem.cells.schemes[u][p],) for u, p in enumerate(places)),
-    )
-    return float(responses.restrict(chosen, choice).interactions().sum())
+    slopes = None if responses.slopes is None else responses.slopes[choice]
+    vectors = responses.vectors[choice]
+    return float(shrunk_products(vectors, slopes, responses.trust, single=False)[0].sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,10 +30,13 @@ def problems(draw: st.DrawFn) -> Problem:
     problem = drawn(
         draw(st.integers(1, 5)),
         draw(st.integers(2, 4)),
-        tight=draw(st.sampled_from([-0.1, 0.02, 0.3, 0.8])),
+        tight=draw(st.sampled_from([0.0, 0.02, 0.3, 0.8])),
         num_budgets=draw(st.integers(1, 2)),
         seed=seed,
     )
+    less = draw(st.sampled_from([1.0, 1.0, 1.0, 0.9]))  # nothing fits, nearly always
+    budgets = [dataclasses.replace(b, limit=less * b.limit) for b in problem.budgets]
+    problem = problem.with_budgets(budgets)
     samples = draw(st.sampled_from([1, 2, 3, 32]))
     alike = draw(st.sampled_from([0.0, 0.5, 0.95]))
     problem = with_responses(problem, samples=samples, alike=alike, seed=seed)

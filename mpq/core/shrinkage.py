@@ -57,9 +57,10 @@ def _shrink(found: Floats, unit: npt.NDArray[np.floating], scale: Floats) -> flo
     error = precision * (outer.shape[1] + 16) * largest * samples / (samples - 1)
     least = 1.0
     for begin in range(0, num_cells, _ROWS):  # few rows at once stay in the cache
-        a = found[begin : begin + _ROWS]
+        end = min(begin + _ROWS, num_cells)
+        a = found[begin:end, :end]  # the rest is its mirror image
         square = np.square(a.astype(unit.dtype))
-        v = squares[begin : begin + _ROWS]
+        v = squares[begin:end, :end]
         v *= samples / (samples - 1)
         v -= square / (samples - 1)
         kept = v <= square + error
@@ -71,6 +72,7 @@ def _shrink(found: Floats, unit: npt.NDArray[np.floating], scale: Floats) -> flo
         np.subtract(1.0, v, out=v)
         np.maximum(v, 0.0, out=v)
         a *= v
-        a *= scale[begin : begin + _ROWS, None]
-        a *= scale
+        a *= scale[begin:end, None]
+        a *= scale[:end]
+        found[:begin, begin:end] = a[:, :begin].T
     return float(error / max(np.sqrt(least), np.sqrt(error), 1e-300)) + 4 * precision
