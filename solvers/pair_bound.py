@@ -12,7 +12,7 @@ from solvers.convex import Proof
 from solvers.pairwise import MANY, Interacting
 
 _MOST_WORK = 3e7  # products of the exhaustive search: some hundredths of a second
-_MOST_EQUATIONS = 900  # of the semidefinite relaxation: about a second
+_MOST_EQUATIONS = 900  # of the semidefinite relaxation: one to two seconds
 _ROUNDS = 3
 _FEWER = 0.8  # share of entries that must be left for another round not to be worth while
 

@@ -103,14 +103,15 @@ def test_no_bound_is_above_the_best(problem: Problem) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bound_says_something(seed: int) -> None:
-    """Gaps that were measured are .07 to .3 here; the additive bound is no bound with pairs."""
+    """Measured: .026 to .045, by the semidefinite relaxation."""
     problem = with_responses(drawn(20, 5, seed=seed), samples=256, seed=seed)
     solution = solve(problem, "pairs")
     assert solution.status is Status.FEASIBLE
-    assert 0 < solution.gap < 0.4
+    assert 0 < solution.gap < 0.1
 
 
 def test_many_cells_are_bounded_too() -> None:
+    """Measured: .41, by one shift."""
     problem = with_responses(drawn(90, 8), samples=256)
     solution = solve(problem, "pairs")
     assert 0 < solution.gap < 0.5
