@@ -11,7 +11,8 @@ import numpy as np
 from mpq.core.errors import InfeasibleError, RunFailedError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation, Problem, Solution, Status
-from mpq.core.tables import Floats
+from mpq.core.protocols import Solver
+from mpq.core.tables import Floats, Indices
 from mpq.criterion import Criterion
 from solvers import get_solver
 from solvers.pairs import Pairs
@@ -38,27 +39,29 @@ class Proposal:
 
 
 def propose(
-    problem: Problem, solver: str = "auto", others: Mapping[str, Allocation] | None = None
+    problem: Problem,
+    solver: str | Solver = "auto",
+    others: Mapping[str, Allocation] | None = None,
 ) -> list[Proposal]:
     """Return the additive optimum, the best with pairs, every uniform scheme, and `others`.
 
-    A named solver gives its own answer instead of the first two. Raises InfeasibleError where
-    no allocation meets the budgets, RunFailedError where a solver found none in its time.
+    A solver of one's own or by name gives its answer instead of the first two. Raises
+    InfeasibleError where no allocation meets the budgets, RunFailedError where a solver found
+    none in its time.
     """
-    names = [solver] if solver != "auto" else ["ilp"]
-    if solver == "auto" and problem.responses is not None:
-        names.append("pairs")
+    names = ["ilp", "pairs"] if problem.responses is not None else ["ilp"]
+    asked = [solver] if solver != "auto" else names
     solved = {}
-    for name in names:
-        # candidates are compared by their additive scores: a bound on pairs would be left out
-        solver_of_name = Pairs(prove=False) if name == "pairs" else get_solver(name)
-        solution = solver_of_name.solve(problem)
+    for one in asked:
+        named = _solver(one) if isinstance(one, str) else one
+        name, solution = named.name, named.solve(problem)
         if solution.infeasibility is not None:
             raise InfeasibleError("infeasible", solution.infeasibility.message)
         if solution.allocation is None:
             raise RunFailedError("solver", f"solver {name!r} found no allocation in its time")
         solved["additive" if name == "ilp" else name] = solution
-    bound = solved["additive"].bound if "additive" in solved else -math.inf
+    # Of the solvers' bounds, those on the additive score.
+    bound = max((s.bound for s in solved.values() if s.solver != "pairs"), default=-math.inf)
     uniform = {f"uniform {scheme}": a for scheme, a in problem.uniform().items()}
     for name, allocation in {**uniform, **(others or {})}.items():
         solved[name] = Solution(
@@ -73,22 +76,32 @@ def propose(
     ]
 
 
+def _solver(name: str) -> Solver:
+    # candidates are compared by their additive scores: a bound on pairs would be left out
+    return Pairs(prove=False) if name == "pairs" else get_solver(name)
+
+
 def _proposal(
     name: str, problem: Problem, solution: Solution, bound: float, interactions: Floats | None
 ) -> Proposal:
     assert solution.allocation is not None
     choice = solution.allocation.choice(problem.cells)
-    predicted = None
-    if interactions is not None:
-        predicted = float(interactions[np.ix_(choice, choice)].sum())
-    elif problem.sensitivity.is_divergence:
-        predicted = problem.score(choice)
     return Proposal(
         name=name,
         solution=additively(problem, solution, bound),
-        predicted=predicted,
+        predicted=predicted_loss(problem, choice, interactions),
         fits=problem.fits(solution.allocation),
     )
+
+
+def predicted_loss(problem: Problem, choice: Indices, interactions: Floats | None) -> float | None:
+    """Return the divergence that is expected of a choice, with pairs where they are known.
+
+    None where the metric predicts another thing.
+    """
+    if interactions is not None:
+        return float(interactions[np.ix_(choice, choice)].sum())
+    return problem.score(choice) if problem.sensitivity.is_divergence else None
 
 
 def additively(problem: Problem, solution: Solution, bound: float) -> Solution:

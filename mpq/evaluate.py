@@ -15,7 +15,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Partial
-from mpq.nn.batches import Batch, call, position_mask
+from mpq.nn.batches import Batch, call, cut, num_samples, position_mask
 from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.patch import evaluating
 from mpq.nn.quality import degradations
@@ -26,17 +26,22 @@ from mpq.tasks import Bench, Split, Workers
 _VERSION = 2  # part of every content key: raise it when results change
 _METRIC, _QUALITY = "metric ", "quality "
 _METRICS = -1  # in place of a batch's number: the user's own metrics
+Piece = tuple[int, int]  # a batch's number, and how many of its samples; of metrics all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An allocation to measure on one split; an empty one is the network as it is."""
+    """An allocation to measure on one split; an empty one is the network as it is.
+
+    With a `share` below 1 it is measured on the first part of the samples.
+    """
 
     name: str
     split: Split
     allocation: Allocation
     with_metrics: bool = False
     predicted: float | None = None
+    share: float = 1.0
 
 
 def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluation]:
@@ -47,9 +52,9 @@ def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluatio
     """
     workload = workers.workload
     work = [
-        (_key(workload, candidate, number), (candidate, number))
+        (_key(workload, candidate, piece), (candidate, piece))
         for candidate in candidates
-        for number in _pieces(workload, candidate)
+        for piece in _pieces(workload, candidate)
     ]
     label = f"measuring ({candidates[0].split.replace('_', '-')})"
     found = iter(workers.finished(label, run_candidate, work))
@@ -63,16 +68,25 @@ def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluatio
     ]
 
 
-def _pieces(workload: Workload, candidate: Candidate) -> list[int]:
-    """Return the numbers of a candidate's batches, and -1 for the user's metrics if asked."""
+def _pieces(workload: Workload, candidate: Candidate) -> list[Piece]:
+    """Return what a candidate is run on: batches, and -1 for the user's metrics if asked.
+
+    A share of the samples is the first batches and the beginning of the next one.
+    """
     batches = {"calibration": workload.calibration, "held_out": workload.held_out}
-    pieces = list(range(len(batches[candidate.split])))
-    return [*pieces, _METRICS] if candidate.with_metrics and workload.evaluate else pieces
+    sizes = [num_samples(batch) for batch in batches[candidate.split]]
+    left, pieces = max(1, round(candidate.share * sum(sizes))), []
+    for number, size in enumerate(sizes):
+        if left > 0:
+            pieces.append((number, min(size, left)))
+        left -= size
+    with_metrics = candidate.with_metrics and workload.evaluate
+    return [*pieces, (_METRICS, 0)] if with_metrics else pieces
 
 
-def run_candidate(bench: Bench, work: tuple[Candidate, int]) -> Partial:
+def run_candidate(bench: Bench, work: tuple[Candidate, Piece]) -> Partial:
     """Run one batch under a candidate, a forward pass, or the user's metrics."""
-    candidate, number = work
+    candidate, (number, samples) = work
     started = time.perf_counter()
     workload = bench.workload
     has_batch = number != _METRICS
@@ -85,6 +99,8 @@ def run_candidate(bench: Bench, work: tuple[Candidate, int]) -> Partial:
         found: dict[str, npt.NDArray[np.generic]] = {}
         if reference is not None:
             batch = bench.batches(candidate.split)[number]
+            if samples < num_samples(batch) == len(reference):
+                batch, reference = cut(batch, 0, samples), reference[:samples]
             compared = _compared(workload, batch, reference, call(model, batch))
             found = {name: values.numpy() for name, values in compared.items()}
         elif workload.evaluate is not None:
@@ -102,7 +118,8 @@ def check_evaluate(workers: Workers) -> None:
     if workload.evaluate is None:
         return
     whole = Candidate(name="unquantized", split="calibration", allocation=Allocation({}))
-    work = [(_key(workload, whole, _METRICS), (whole, _METRICS))]
+    metrics = (_METRICS, 0)
+    work = [(_key(workload, whole, metrics), (whole, metrics))]
     (found,) = workers.finished("evaluating (unquantized)", run_candidate, work)
     for name, value in _metrics(found).items():
         if math.isinf(value):
@@ -151,13 +168,17 @@ def _compared(
     }
 
 
-def _key(workload: Workload, candidate: Candidate, number: int) -> str:
+def _key(workload: Workload, candidate: Candidate, piece: Piece) -> str:
+    number, samples = piece
     if number == _METRICS:
         setting = ("metrics", _VERSION, workload.key, function_digest(workload.evaluate))
         return digest(setting, candidate.allocation.text())
-    batches = {"calibration": workload.batch_keys, "held_out": workload.held_out_keys}
+    keys = {"calibration": workload.batch_keys, "held_out": workload.held_out_keys}
+    batches = {"calibration": workload.calibration, "held_out": workload.held_out}
     qualities = qualities_digest(workload)
-    of_batch = ("evaluation", _VERSION, workload.key, batches[candidate.split][number], qualities)
+    of_batch = ("evaluation", _VERSION, workload.key, keys[candidate.split][number], qualities)
+    if samples < num_samples(batches[candidate.split][number]):
+        return digest(of_batch, f"first {samples}", candidate.allocation.text())
     return digest(of_batch, candidate.allocation.text())
 
 

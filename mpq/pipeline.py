@@ -38,6 +38,7 @@ from mpq.result import KEPT_GRID, KEPT_POINTS, SearchResult
 from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
+from mpq.trials import check_trials, searching
 from sensitivity import get_metric
 from solvers import get_solver
 from solvers.trust import cross_validated
@@ -73,6 +74,9 @@ def search(
     latency_seconds: float = 60.0,
     metric_seconds: float = 120.0,
     precision: float | Literal["settled"] | None = None,
+    num_trials: int = 100,
+    trial_seconds: float = 600.0,
+    study: str | None = None,
     seed: int = 0,
     storage: str | Store | None = None,
     name: str = "",
@@ -93,7 +97,9 @@ def search(
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
     that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data. The
     metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring
-    ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive).
+    ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
+    solvers "evolution" and "optuna" measure at most `num_trials` allocations within
+    `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -140,6 +146,9 @@ def search(
         latency_seconds=latency_seconds,
         metric_seconds=metric_seconds,
         precision=precision,
+        num_trials=num_trials,
+        trial_seconds=trial_seconds,
+        study=study,
     )
     given = load(
         model,
@@ -188,6 +197,7 @@ def run(
             get_metric(spec.metric)
         if spec.solver != "auto":
             get_solver(spec.solver)
+        check_trials(spec)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         hardware = Hardware(spec, budgets, store, progress)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
@@ -255,7 +265,8 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     around = partial(relinearise, workers)
     if spec.quality:
         others |= decoupled(workers, problem, spec, run_id).allocations
-    proposals = propose(problem, spec.solver, others)
+    with searching(spec, problem, workers, run_id, with_metrics) as solver:
+        proposals = propose(problem, solver, others)
     chosen, criterion = choose(
         problem,
         proposals,

@@ -27,7 +27,25 @@ def _pairs() -> Solver:
     return Pairs()
 
 
-SOLVERS: dict[str, Callable[[], Solver]] = {"auto": _auto, "ilp": _ilp, "pairs": _pairs}
+def _evolution() -> Solver:
+    from solvers.evolution import Evolution
+
+    return Evolution()
+
+
+def _optuna() -> Solver:
+    from solvers.optuna_search import OptunaSearch
+
+    return OptunaSearch()
+
+
+SOLVERS: dict[str, Callable[[], Solver]] = {
+    "auto": _auto,
+    "ilp": _ilp,
+    "pairs": _pairs,
+    "evolution": _evolution,
+    "optuna": _optuna,
+}
 
 
 def get_solver(name: str) -> Solver:

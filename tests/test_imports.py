@@ -44,7 +44,7 @@ HEAVY = {
     "transformers": {"mpq/models.py"},
     "plotly": {"mpq/figures.py"},
     "safetensors": {"mpq/export/packed.py"},
-    "optuna": set(),
+    "optuna": {"solvers/optuna_search.py"},
     "numba": {"solvers/compiled.py"},
 }
 

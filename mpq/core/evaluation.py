@@ -9,6 +9,8 @@ from mpq.core.problem import Allocation
 from mpq.core.tables import Floats
 
 CHOSEN = "chosen"  # the candidate that a search returns
+TRIAL = "trial "  # begins the names of what a solver tried, numbered from 0
+RANDOM = "random "  # begins the names of the referee's random allocations
 DIVERGENCE_NAMES = {
     "kl": "KL to original",
     "cosine": "1 - cosine to original",
@@ -40,6 +42,11 @@ class Evaluation:
     measured_bytes: int | None = None
     seconds: float = 0.0
     per_sample: Floats | None = field(default=None, compare=False, repr=False)
+
+
+def told(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return what is worth showing one by one: no trials and no random allocations."""
+    return [e for e in evaluations if not e.candidate.startswith((TRIAL, RANDOM))]
 
 
 def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

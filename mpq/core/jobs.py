@@ -25,9 +25,12 @@ class JobSpec:
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
-    take. The metric "auto" scores by several within `metric_seconds`; measurements pick. Scoring
-    ends early at a `precision`: a relative standard error, or "settled" (see mpq.adaptive). `skip`
-    and the keys of `pin` are layer names or shell patterns; `groups` adds units.
+    take. The solvers "evolution" and "optuna" measure at most `num_trials` allocations within
+    `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to (write no
+    password in it: the job is kept with the run). The metric "auto" scores by several within
+    `metric_seconds`; measurements pick. Scoring ends early at a `precision`: a relative standard
+    error, or "settled" (see mpq.adaptive). `skip` and the keys of `pin` are layer names or shell
+    patterns; `groups` adds units.
     `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
     gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
     "accuracy >= 0.99" are on metrics of `evaluate`, on qualities or on named quality functions.
@@ -63,14 +66,18 @@ class JobSpec:
     latency_seconds: float = 60.0
     metric_seconds: float = 120.0
     precision: float | Literal["settled"] | None = None
+    num_trials: int = 100
+    trial_seconds: float = 600.0
+    study: str | None = None
 
     def __post_init__(self) -> None:
         self._at_least("num_probes", 1)
         self._at_least("refine", 0)
         self._at_least("seed", 0)
+        self._at_least("num_trials", 1)
         if self.num_workers is not None:
             self._at_least("num_workers", 1)
-        for name in ("latency_seconds", "metric_seconds"):
+        for name in ("latency_seconds", "metric_seconds", "trial_seconds"):
             seconds: float = getattr(self, name)
             if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise InvalidInputError(
@@ -78,6 +85,12 @@ class JobSpec:
                 )
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
+        if self.study is not None and self.solver != "optuna":
+            raise InvalidInputError(
+                "job_value",
+                f"study: only solver 'optuna' keeps one, got {self.study!r} with solver "
+                f"{self.solver!r}: choose that solver or leave it out",
+            )
         wanted = self.precision
         if wanted is None or wanted == "settled":
             return

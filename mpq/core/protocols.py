@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpq.core.layers import LayerGraph
-from mpq.core.problem import Problem, Solution
+from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 Partial = Mapping[str, npt.NDArray[np.generic]]  # plain arrays, so that a database can keep them
@@ -80,6 +80,17 @@ class Solver(Protocol):
 
     def solve(self, problem: Problem) -> Solution:
         """Return a checked solution, or INFEASIBLE with its reason."""
+
+
+class Measure(Protocol):
+    """Really measured losses, for solvers that search by them."""
+
+    def __call__(self, allocations: Sequence[Allocation], share: float = 1.0) -> Sequence[float]:
+        """Return the loss of each allocation, lower is better, in order.
+
+        It is measured on the same first `share` of the samples, 0 < share <= 1; NaN or infinite
+        where an output is.
+        """
 
 
 class Executor(Protocol):
