@@ -137,12 +137,13 @@ def solve_again(
     from mpq.result import parse_pins, resolve_pins, solve_stored
     from mpq.store.store import open_store
     from mpq.terminal import print_solution
+    from solvers import USE_PAIRS
 
     texts = list(budget or [])
     texts += [f"{name} <= {v}" for name, v in (("memory", memory), ("latency", latency)) if v]
     with open_store(storage) as store:
         run_id = store.resolve_run(run, RunState.SUCCEEDED)
-        problem = store.problem(run_id, with_responses=solver == "pairs")
+        problem = store.problem(run_id, with_responses=solver in USE_PAIRS)
         graph = store.graph(run_id)
         pins = resolve_pins(graph, parse_pins(pin or []))
         budgets = texts or list(store.run(run_id).spec.budgets)

@@ -98,7 +98,7 @@ def search(
     that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data. The
     metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring
     ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
-    solvers "evolution" and "optuna" measure at most `num_trials` allocations within
+    solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
@@ -197,7 +197,7 @@ def run(
             get_metric(spec.metric)
         if spec.solver != "auto":
             get_solver(spec.solver)
-        check_trials(spec)
+        check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         hardware = Hardware(spec, budgets, store, progress)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)

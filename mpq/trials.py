@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from mpq.candidates import predicted_loss
+from mpq.core.errors import InvalidInputError, StorageError
 from mpq.core.evaluation import TRIAL, Evaluation
 from mpq.core.jobs import JobSpec
 from mpq.core.limits import Limit
@@ -17,16 +18,32 @@ from mpq.core.tables import Floats
 from mpq.criterion import Criterion
 from mpq.evaluate import Candidate, measure
 from mpq.progress import Advance, Silent
+from mpq.store.address import shown, storage_url
+from mpq.store.store import Store
 from mpq.tasks import Workers
 from solvers import get_solver
 from solvers.measuring import Measuring
 from solvers.optuna_search import OptunaSearch, check_study
 
 
-def check_trials(spec: JobSpec) -> None:
+def check_trials(spec: JobSpec, store: Store) -> None:
     """Raise InvalidInputError where a job's study cannot be opened, before anything is scored."""
-    if spec.study is not None:
-        check_study(spec.study)
+    if spec.study is None:
+        return
+    if _same_database(spec.study, store):
+        raise InvalidInputError(
+            "study",
+            f"study {shown(store.url)!r} is the database of the runs and Optuna needs one of its "
+            "own: write for example 'sqlite:///studies.db'",
+        )
+    check_study(spec.study)
+
+
+def _same_database(study: str, store: Store) -> bool:
+    try:
+        return storage_url(study) == store.url
+    except StorageError:  # no database that runs could be in
+        return False
 
 
 @contextmanager

@@ -39,13 +39,22 @@ def _optuna() -> Solver:
     return OptunaSearch()
 
 
+def _nsga2() -> Solver:
+    from solvers.optuna_search import OptunaSearch
+
+    return OptunaSearch(name="nsga2", sampler="nsga2")
+
+
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "auto": _auto,
     "ilp": _ilp,
     "pairs": _pairs,
     "evolution": _evolution,
     "optuna": _optuna,
+    "nsga2": _nsga2,
 }
+
+USE_PAIRS = frozenset({"pairs", "evolution", "optuna", "nsga2"})  # the responses, where there are
 
 
 def get_solver(name: str) -> Solver:

@@ -29,7 +29,7 @@ from tests.test_solvers import drawn, made, with_responses
 SOLVERS: dict[str, Measuring] = {
     "evolution": Evolution(),
     "tpe": OptunaSearch(),
-    "nsga2": OptunaSearch(sampler="nsga2"),
+    "nsga2": OptunaSearch(name="nsga2", sampler="nsga2"),
 }
 
 
@@ -106,7 +106,7 @@ def test_contract_with_a_measure_and_constraints(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_nsga2_and_the_others_say_why_nothing_fits(name: str) -> None:
+def test_why_nothing_fits_is_told(name: str) -> None:
     problem = drawn(6, 4, tight=-0.3)
     fake = Fake(problem)
     solution = solver_contract(measuring(name, fake), problem)

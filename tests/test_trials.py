@@ -28,7 +28,7 @@ from solvers.check import check
 from tests.builders import Decoder, mlp, schemes, tokens, workload
 from workers import get_executor
 
-MEASURING = ("evolution", "optuna")
+MEASURING = ("evolution", "optuna", "nsga2")
 NUM_TRIALS = 24
 
 
@@ -94,7 +94,7 @@ def test_every_trial_is_an_evaluation_that_meets_the_budgets(
     assert all(problem.fits(e.allocation) for e in trials)
     assert all(e.predicted is not None for e in trials)
     solver = result.store.run(result.run_id).spec.solver
-    if solver == "optuna":
+    if solver != "evolution":
         assert len(trials) == NUM_TRIALS
     else:
         assert 4 <= len(trials) < NUM_TRIALS
@@ -146,6 +146,11 @@ def test_a_bad_study_is_told_before_anything_is_scored(store: Store) -> None:
     with pytest.raises(InvalidInputError, match="cannot open study 'nowhere'"):
         search(store, "mlp", "optuna", study="nowhere")
     assert len(store.runs(limit=1000)) == before
+
+
+def test_the_database_of_the_runs_is_no_study(store: Store) -> None:
+    with pytest.raises(InvalidInputError, match="Optuna needs one of its own"):
+        search(store, "mlp", "optuna", study=f"sqlite:///{store.url.database}")
 
 
 def test_trials_that_break_a_limit_are_not_chosen(store: Store) -> None:
@@ -244,7 +249,7 @@ JOB: dict[str, Any] = {"model": "a:b", "calibration": "a:c", "budgets": ("memory
         ({"num_trials": 0}, "num_trials: a whole number from 1 on, got 0"),
         ({"num_trials": 2.5}, "num_trials: a whole number from 1 on, got 2.5"),
         ({"trial_seconds": 0}, "trial_seconds: a positive number of seconds, got 0"),
-        ({"study": "sqlite:///x.db"}, "study: only solver 'optuna' keeps one"),
+        ({"study": "sqlite:///x.db"}, "study: solvers 'optuna' and 'nsga2' keep one"),
         ({"study": "sqlite:///x.db", "solver": "evolution"}, "with solver 'evolution'"),
     ],
 )

@@ -55,7 +55,8 @@ def main() -> None:
             ("pairs", "pairs", 0),
             ("auto, refine=4", "auto", 4),
             ("evolution", "evolution", 0),
-            ("optuna", "optuna", 0),
+            ("optuna (TPE)", "optuna", 0),
+            ("nsga2", "nsga2", 0),
         ):
             found = [
                 search(solver, trials, seed, refine, Path(folder) / f"{seed}.db")

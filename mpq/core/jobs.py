@@ -13,6 +13,7 @@ from mpq.core.errors import InvalidInputError
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
+_WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +26,9 @@ class JobSpec:
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
-    take. The solvers "evolution" and "optuna" measure at most `num_trials` allocations within
-    `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to (write no
-    password in it: the job is kept with the run). The metric "auto" scores by several within
+    take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
+    within `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to
+    (no password in it: the job is kept with the run). The metric "auto" scores by several within
     `metric_seconds`; measurements pick. Scoring ends early at a `precision`: a relative standard
     error, or "settled" (see mpq.adaptive). `skip` and the keys of `pin` are layer names or shell
     patterns; `groups` adds units.
@@ -85,11 +86,11 @@ class JobSpec:
                 )
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
-        if self.study is not None and self.solver != "optuna":
+        if self.study is not None and self.solver not in _WITH_STUDY:
             raise InvalidInputError(
                 "job_value",
-                f"study: only solver 'optuna' keeps one, got {self.study!r} with solver "
-                f"{self.solver!r}: choose that solver or leave it out",
+                f"study: solvers {' and '.join(map(repr, _WITH_STUDY))} keep one, got "
+                f"{self.study!r} with solver {self.solver!r}: choose one of them or leave it out",
             )
         wanted = self.precision
         if wanted is None or wanted == "settled":
