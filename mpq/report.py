@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, told
+from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
@@ -42,7 +42,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         solution=result.solution,
         budgets=_budget_rows(result.problem, result.solution),
         divergence=DIVERGENCE_NAMES[result.evaluation[0].divergence],
-        evaluations=[(e, _fits(result, e)) for e in in_order(told(result.evaluation))],
+        evaluations=[(e, _fits(result, e)) for e in in_order(without_trials(result.evaluation))],
         graph=result.graph,
         coverage=f"{result.graph.coverage:.1%}",
         size=quantity(result.graph.native_bytes, "bytes"),

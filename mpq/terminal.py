@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mpq.additivity import Additivity, additivity
 from mpq.core.errors import InfeasibleError
-from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, told
+from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
@@ -43,7 +43,7 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     assert solution.allocation is not None
     console.print(_units_table(store.graph(run_id), problem, solution.allocation))
     console.print(_budget_table(problem, solution))
-    shown = told(store.evaluations(run_id))
+    shown = without_trials(store.evaluations(run_id))
     console.print(_measured_table(problem.with_budgets(solution.budgets), shown))
     for line in _additivity_lines(additivity(problem, solution.allocation, shown, strongest=3)):
         console.print(Text(line))

@@ -95,11 +95,11 @@ def constrained(seed: int = 0) -> Problem:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_contract_with_a_measure_and_constraints(name: str, seed: int) -> None:
     problem = constrained(seed)
     fake = Fake(problem, noise=0.2)
-    solution = solver_contract(measuring(name, fake, num_trials=40), problem)
+    solution = solver_contract(measuring(name, fake, num_trials=30), problem)
     assert solution.allocation is not None
     assert all(problem.fits(allocation) for allocation, _, _ in fake.asked)
     assert np.isfinite(solution.bound)

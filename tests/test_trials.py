@@ -14,7 +14,7 @@ import torch
 
 import mpq
 from mpq.core.errors import InvalidInputError
-from mpq.core.evaluation import CHOSEN, Evaluation, told
+from mpq.core.evaluation import CHOSEN, Evaluation, without_trials
 from mpq.core.jobs import JobSpec
 from mpq.core.problem import Allocation
 from mpq.evaluate import Candidate, measure
@@ -28,7 +28,7 @@ from solvers.check import check
 from tests.builders import Decoder, mlp, schemes, tokens, workload
 from workers import get_executor
 
-MEASURING = ("evolution", "optuna", "nsga2")
+CASES = [("mlp", "evolution"), ("mlp", "nsga2"), ("decoder", "evolution"), ("decoder", "optuna")]
 NUM_TRIALS = 24
 
 
@@ -59,7 +59,7 @@ def search(store: Store, kind: str, solver: str, **options: Any) -> SearchResult
     return mpq.search(model, calibration, solver=solver, storage=store, **(settings | options))
 
 
-@pytest.fixture(scope="module", params=[(k, s) for k in ("mlp", "decoder") for s in MEASURING])
+@pytest.fixture(scope="module", params=CASES)
 def found(request: pytest.FixtureRequest, store: Store) -> tuple[SearchResult, SearchResult]:
     """The same search twice, the second in a database that has everything."""
     kind, solver = request.param
@@ -128,7 +128,7 @@ def test_trials_do_not_drown_what_a_person_reads(
     page = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
     for text in (shown, page):
         assert len(re.findall(r"\btrial \d", text)) == 1  # of the best one
-    assert not any(e.candidate.startswith("trial") for e in told(result.evaluation))
+    assert not any(e.candidate.startswith("trial") for e in without_trials(result.evaluation))
 
 
 def test_a_study_of_a_search_is_one_of_the_run(store: Store, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Evaluation:
     per_sample: Floats | None = field(default=None, compare=False, repr=False)
 
 
-def told(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def without_trials(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """Return what is worth showing one by one: no trials and no random allocations."""
     return [e for e in evaluations if not e.candidate.startswith((TRIAL, RANDOM))]
 
