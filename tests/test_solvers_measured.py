@@ -192,7 +192,14 @@ def test_a_small_problem_is_tried_out_and_ends(name: str) -> None:
 # --- how good the answers are ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "within"), [("evolution", 0.1), ("tpe", 0.1), ("nsga2", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("evolution", 0.1),
+        pytest.param("tpe", 0.1, marks=pytest.mark.slow),
+        pytest.param("nsga2", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_near_the_best_of_every_allocation(name: str, within: float) -> None:
     """Mean excess over the best measured of all 4096 allocations, where tables mislead."""
     excess, at_first = [], []
@@ -227,6 +234,7 @@ def test_without_a_measure_the_score_with_pairs_is_minimised() -> None:
     assert np.mean(excess) <= 0.01
 
 
+@pytest.mark.slow
 def test_staging_finds_more_than_measuring_everything_on_all_samples() -> None:
     """The logarithm of the true loss of the answer, by three standard errors over seeds."""
     differences = []
