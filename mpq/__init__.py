@@ -23,6 +23,7 @@ from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
 from mpq.core.referee import MetricVerdict, RefereeReport
+from mpq.core.stability import Stability
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ __all__ = [
     "SearchResult",
     "SensitivityTable",
     "Solution",
+    "Stability",
     "Status",
     "StorageError",
     "Surface",

@@ -13,6 +13,7 @@ from mpq.core.problem import Budget, Problem
 from mpq.core.protocols import Scores
 from mpq.core.tables import CostTable, Floats, Indices
 from solvers import solve
+from solvers.risk import at_risk
 
 Enough = Callable[[Scores, float], bool]
 
@@ -47,6 +48,7 @@ class EnoughScores:
     budgets: tuple[Budget, ...]
     precision: float | Literal["settled"]
     seed: int = 0
+    risk: float | None = None
 
     def __call__(self, scores: Scores, num_samples: float) -> bool:
         """Tell whether scores of the first `num_samples` calibration samples are enough."""
@@ -55,6 +57,7 @@ class EnoughScores:
         problem = Problem(
             sensitivity=scores.sensitivity.clamped(), costs=self.costs, budgets=self.budgets
         )
+        problem = at_risk(problem, self.risk)
         allocation = solve(problem, "ilp").allocation
         if allocation is None:
             return False  # whoever solves for good says why

@@ -66,6 +66,7 @@ def pick_metric(
     budgets: Sequence[Budget],
     seconds: float,
     enough: Enough | None = None,
+    risk: float | None = None,
 ) -> PickedMetric:
     """Score by `gauss_newton` and what else fits into `seconds`, and measure each one's optimum.
 
@@ -75,7 +76,8 @@ def pick_metric(
     """
     scored = score_all(workers, known_metrics(), seconds, enough)
     chosen = {
-        name: optimum(scores.sensitivity, costs, budgets) for name, scores in scored.scores.items()
+        name: optimum(scores.sensitivity, costs, budgets, risk)
+        for name, scores in scored.scores.items()
     }
     candidates = [
         Candidate(name=name, split="calibration", allocation=allocation)
@@ -143,11 +145,14 @@ def _seconds_left(workers: Workers, name: str, of_metric: Sequence[Task]) -> flo
 
 
 def optimum(
-    table: SensitivityTable, costs: Mapping[str, CostTable], budgets: Sequence[Budget]
+    table: SensitivityTable,
+    costs: Mapping[str, CostTable],
+    budgets: Sequence[Budget],
+    risk: float | None = None,
 ) -> Allocation:
     """Return the allocation of least additive score; raises InfeasibleError where none fits."""
     problem = Problem(sensitivity=table.clamped(), costs=costs, budgets=tuple(budgets))
-    solution = solve(problem, "ilp")
+    solution = solve(problem, "ilp", risk)
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.message)
     if solution.allocation is None:

@@ -129,6 +129,13 @@ def solve_again(
         typer.Option(help="Fix a layer, unit or pattern: NAME=SCHEME."),
     ] = None,
     solver: str = "auto",
+    risk: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability that each budget on measured costs holds with, e.g. 0.95 "
+            "(default: the job's; 0.5 takes them as they are)."
+        ),
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -146,8 +153,10 @@ def solve_again(
         problem = store.problem(run_id, with_responses=solver in USE_PAIRS)
         graph = store.graph(run_id)
         pins = resolve_pins(graph, parse_pins(pin or []))
-        budgets = texts or list(store.run(run_id).spec.budgets)
-        solution = solve_stored(problem, budgets, pins, solver)
+        spec = store.run(run_id).spec
+        budgets = texts or list(spec.budgets)
+        risk = spec.risk if risk is None else risk
+        solution = solve_stored(problem, budgets, pins, solver, risk)
         print_solution(graph, problem, solution, as_json)
 
 

@@ -41,6 +41,7 @@ from mpq.tasks import Workers
 from mpq.trials import check_trials, searching
 from sensitivity import get_metric
 from solvers import get_solver
+from solvers.risk import at_risk
 from solvers.trust import cross_validated
 from workers import get_executor
 
@@ -77,6 +78,7 @@ def search(
     num_trials: int = 100,
     trial_seconds: float = 600.0,
     study: str | None = None,
+    risk: float | None = None,
     seed: int = 0,
     storage: str | Store | None = None,
     name: str = "",
@@ -100,6 +102,8 @@ def search(
     ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
+    With a `risk` such as 0.95 each budget on measured times holds with that probability
+    (solvers.risk).
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -149,6 +153,7 @@ def search(
         num_trials=num_trials,
         trial_seconds=trial_seconds,
         study=study,
+        risk=risk,
     )
     given = load(
         model,
@@ -206,7 +211,9 @@ def run(
         stack.callback(keep, store, run_id)
         store.set_state(run_id, RunState.RUNNING)
         try:
-            prepared = prepare(budgets, hardware, workload, executor, store, run_id, progress)
+            prepared = prepare(
+                budgets, hardware, workload, executor, store, run_id, progress, spec.risk
+            )
             (stages or _stages)(spec, prepared)
             store.set_state(run_id, RunState.SUCCEEDED)
         except MpqError as error:
@@ -255,6 +262,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         budgets=prepared.budgets,
         responses=scores.responses,
     )
+    problem = at_risk(problem, spec.risk)
     store.put_sensitivity(run_id, scores.sensitivity)
     if problem.responses is not None:
         problem = cross_validated(problem)
@@ -292,10 +300,13 @@ def _score(spec: JobSpec, prepared: Prepared) -> tuple[Scores, dict[str, Allocat
             budgets=prepared.budgets,
             precision=spec.precision,
             seed=spec.seed,
+            risk=spec.risk,
         )
     if spec.metric != AUTO:
         return score(workers, spec.metric, enough, partial(log, "precision")), {}
-    picked = pick_metric(workers, prepared.costs, prepared.budgets, spec.metric_seconds, enough)
+    picked = pick_metric(
+        workers, prepared.costs, prepared.budgets, spec.metric_seconds, enough, spec.risk
+    )
     for line in picked.lines:
         log("metric", line)
     return picked.scores, dict(picked.allocations)

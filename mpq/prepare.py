@@ -37,10 +37,11 @@ def prepare(
     store: Store,
     run_id: str,
     progress: Progress,
+    risk: float | None = None,
 ) -> Prepared:
     """Keep the network and what choices cost, search the clipping ranges, and get workers ready.
 
-    Raises InfeasibleError where no choice meets the budgets.
+    Raises InfeasibleError where no choice meets the budgets, with probability `risk` if given.
     """
     store.put_graph(run_id, workload.graph)
     if workload.model.training:
@@ -53,7 +54,7 @@ def prepare(
     resolved = tuple(budget.resolve(costs) for budget in budgets)
     zeros = np.zeros(len(workload.cells))
     nothing = SensitivityTable(metric="none", cells=workload.cells, values=zeros, stderr=zeros)
-    optimum(nothing, costs, resolved)
+    optimum(nothing, costs, resolved, risk)
     for budget in resolved:
         baseline = costs[budget.cost].baseline
         if budget.limit >= baseline:

@@ -100,4 +100,6 @@ def _nearby(problem: Problem, base: Allocation, responses: Responses, region: in
         costs=costs,
         budgets=(*problem.budgets, Budget(_CHANGES, float(region))),
         responses=responses,
+        constraints=problem.constraints,
+        forbidden=problem.forbidden,
     )

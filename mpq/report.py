@@ -11,9 +11,11 @@ from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
+from mpq.core.stability import SURE
 from mpq.core.tables import CostTable
 from mpq.figures import plots
 from mpq.result import SearchResult
+from mpq.stability import usual_draws
 from mpq.store.store import Store
 
 
@@ -50,6 +52,9 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         events=store.events(run_id),
         plots=plots(result),
         additivity=result.additivity(),
+        chosen=result.unit_allocation,
+        stability=result.stability() if usual_draws(result.problem) else None,
+        sure=f"{SURE:.0%}",
         sensitivity=result.problem.sensitivity.metric,
         costs=list(result.problem.costs),
     )
@@ -58,17 +63,17 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
 
 
 def _fits(result: SearchResult, evaluation: Evaluation) -> bool:
-    problem = result.problem.with_budgets(result.solution.budgets)
-    return bool(evaluation.allocation) and problem.fits(evaluation.allocation)
+    return bool(evaluation.allocation) and result.asked().fits(evaluation.allocation)
 
 
 def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:
     limits = {budget.cost: budget for budget in solution.budgets}
     assert solution.allocation is not None
     choice = solution.allocation.choice(problem.cells)
-    totals = solution.totals or {}
+    totals, upper = solution.totals or {}, solution.quantiles or {}
     return [
         _budget_row(table, limits, with_error(totals[name], table.half_width(choice), table.unit))
+        | {"quantile": quantity(upper[name], table.unit) if name in upper else ""}
         for name, table in problem.costs.items()
     ]
 

@@ -15,7 +15,11 @@ from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
 from mpq.core.patterns import matching
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, Solution
+from mpq.core.stability import Stability
+from mpq.stability import stability, usual_draws
 from mpq.store.store import Store
+from solvers import solve
+from solvers.risk import at_risk, with_quantiles
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,12 +44,11 @@ def solve_stored(
     budgets: Sequence[str | Budget],
     pins: Mapping[UnitName, Scheme] | None = None,
     solver: str = "auto",
+    risk: float | None = None,
 ) -> Solution:
     """Solve stored tables again for other budgets or pinned units; no model, no torch."""
-    from solvers import solve
-
     allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
-    return solve(resolve_budgets(problem, budgets).pinned(allowed), solver)
+    return solve(resolve_budgets(problem, budgets).pinned(allowed), solver, risk)
 
 
 def resolve_pins(
@@ -97,7 +100,11 @@ class SearchResult:
         self.run_id = run_id
         self.graph: LayerGraph = store.graph(run_id)
         self.problem: Problem = store.problem(run_id)
-        self.solutions: dict[str, Solution] = dict(store.solutions(run_id))
+        self.risk: float | None = store.run(run_id).spec.risk
+        self.solutions: dict[str, Solution] = {
+            name: with_quantiles(self.problem, solution, self.risk)
+            for name, solution in store.solutions(run_id)
+        }
         self.evaluation: list[Evaluation] = store.evaluations(run_id)
         if CHOSEN not in self.solutions:
             state = store.run(run_id).state
@@ -133,12 +140,21 @@ class SearchResult:
         budgets: Sequence[str | Budget],
         pin: Mapping[str, str | Scheme] | None = None,
         solver: str = "auto",
+        risk: float | None = None,
     ) -> Solution:
         """Solve the same scores for other budgets; needs no model.
 
-        Keys of `pin` are names of layers or units, or shell patterns.
+        Keys of `pin` are names of layers or units, or shell patterns. `risk` is the probability
+        that each budget holds with (None: that of the search, 0.5: measured costs as they are).
         """
-        return solve_stored(self.problem, budgets, resolve_pins(self.graph, pin), solver)
+        pins = resolve_pins(self.graph, pin)
+        risk = self.risk if risk is None else risk
+        return solve_stored(self.problem, budgets, pins, solver, risk)
+
+    def asked(self, *free: str) -> Problem:
+        """Return the problem that the search solved, at its risk, costs in `free` unlimited."""
+        kept = [budget for budget in self.solution.budgets if budget.cost not in free]
+        return at_risk(self.problem.with_budgets(kept), self.risk)
 
     def frontier(self, cost: str = "memory", points: int | None = KEPT_POINTS) -> Frontier:
         """Return the proven trade-off between one cost and the predicted loss.
@@ -151,7 +167,7 @@ class SearchResult:
             return kept
         from solvers.frontier import frontier
 
-        return frontier(self.problem.with_budgets(self.solution.budgets), cost, points)
+        return frontier(self.asked(cost), cost, points)
 
     def surface(
         self,
@@ -167,7 +183,7 @@ class SearchResult:
             return kept
         from solvers.surface import surface
 
-        return surface(self.problem.with_budgets(self.solution.budgets), costs, points)
+        return surface(self.asked(*costs), costs, points)
 
     def chain(self, cost: str = "memory") -> Chain:
         """Return nested allocations from the cheapest to the best: a network of any size."""
@@ -178,6 +194,17 @@ class SearchResult:
     def additivity(self) -> Additivity:
         """Return whether the parts of the chosen allocation add up: alone, in pairs, measured."""
         return additivity(self.problem, self.unit_allocation, self.evaluation)
+
+    def stability(self, draws: int | None = None, seed: int = 0) -> Stability:
+        """Return how much of the optimum of the scores is left when they are drawn anew.
+
+        That is the additive optimum for the budgets of the search, by the solver "auto", which
+        pairs and refinement may have left. `draws` is 50 by default, 20 for many units.
+        """
+        problem = self.asked()
+        if draws is None:
+            draws = usual_draws(problem) or 20
+        return stability(problem, solve(problem), draws, seed)
 
     def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Return a context manager in which `model` computes as the chosen allocation would."""

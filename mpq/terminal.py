@@ -19,8 +19,13 @@ from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
+from mpq.core.stability import SURE
 from mpq.referee.ranks import LEAST_PAIRS
+from mpq.result import SearchResult
+from mpq.stability import usual_draws
 from mpq.store.store import Store
+
+_UNSURE_SHOWN = 5
 
 
 def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
@@ -38,14 +43,15 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(_coverage_line(store.graph(run_id)))
     if not view["chosen"]:
         return
-    problem = store.problem(run_id)
-    solution = dict(store.solutions(run_id))[CHOSEN]
-    assert solution.allocation is not None
-    console.print(_units_table(store.graph(run_id), problem, solution.allocation))
-    console.print(_budget_table(problem, solution))
-    shown = without_trials(store.evaluations(run_id))
-    console.print(_measured_table(problem.with_budgets(solution.budgets), shown))
-    for line in _additivity_lines(additivity(problem, solution.allocation, shown, strongest=3)):
+    result = SearchResult(store, run_id)
+    problem, allocation = result.problem, result.unit_allocation
+    console.print(_units_table(result.graph, problem, allocation))
+    console.print(_budget_table(problem, result.solution))
+    told = without_trials(result.evaluation)
+    console.print(_measured_table(result.asked(), told))
+    for line in _additivity_lines(additivity(problem, allocation, told, strongest=3)):
+        console.print(Text(line))
+    for line in _stability_lines(view["stability"]):
         console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
@@ -54,7 +60,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
 def run_view(store: Store, run_id: str) -> dict[str, Any]:
     """Return a run as plain data."""
     record = store.run(run_id)
-    solution = dict(store.solutions(run_id)).get(CHOSEN)
+    chosen = CHOSEN in dict(store.solutions(run_id))
+    result = SearchResult(store, run_id) if chosen else None
     graph = store.graph(run_id) if record.has_graph else None
     return {
         "id": record.id,
@@ -65,22 +72,45 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         "graph": None
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
-        "chosen": None if solution is None else solution_view(solution),
-        "additivity": None if solution is None else _additivity_view(store, run_id, solution),
+        "chosen": None if result is None else solution_view(result.solution),
+        "additivity": None if result is None else _additivity_view(result),
+        "stability": None if result is None else _stability_view(result),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
         "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
     }
 
 
-def _additivity_view(store: Store, run_id: str, solution: Solution) -> dict[str, Any]:
-    assert solution.allocation is not None
-    found = additivity(store.problem(run_id), solution.allocation, store.evaluations(run_id))
+def _additivity_view(result: SearchResult) -> dict[str, Any]:
+    found = result.additivity()
     return {
         "parts": found.parts,
         "with_pairs": found.with_pairs,
         "measured": found.measured,
         "stderr": found.stderr,
         "pairs": [asdict(pair) for pair in found.pairs],
+    }
+
+
+def _stability_view(result: SearchResult) -> dict[str, Any] | None:
+    """Return what draws of the scores change; None where there are too many units to try."""
+    if not usual_draws(result.problem):
+        return None
+    found = result.stability()
+    return {
+        "num_draws": found.num_draws,
+        "kept": dict(found.kept),
+        "unsure": [
+            {
+                "unit": unit,
+                "scheme": str(found.schemes[unit]),
+                "kept": found.kept[unit],
+                "runner_up": str(found.runner_up[unit]),
+            }
+            for unit in found.unsure
+        ],
+        "score": found.score,
+        "spread": found.spread,
+        "lost": _finite(found.lost),
     }
 
 
@@ -91,6 +121,8 @@ def solution_view(solution: Solution) -> dict[str, Any]:
         "solver": solution.solver,
         "budgets": {b.cost: b.limit for b in solution.budgets},
         "totals": dict(solution.totals or {}),
+        "risk": solution.risk,
+        "quantiles": None if solution.quantiles is None else dict(solution.quantiles),
         "score": solution.score,
         "bound": _finite(solution.bound),
         "gap": _finite(solution.gap),
@@ -278,6 +310,26 @@ def _additivity_lines(found: Additivity) -> list[str]:
     return [", ".join(told), *pairs]
 
 
+def _stability_lines(view: Mapping[str, Any] | None) -> list[str]:
+    """Return how sure the optimum of the scores is, and the least sure units, one a line."""
+    if view is None:
+        return []
+    sure = len(view["kept"]) - len(view["unsure"])
+    lost = "" if view["lost"] is None else f"; it loses {view['lost']:.1%} to theirs on average"
+    units = [
+        f"  unsure {cell['unit']}: {cell['scheme']} in {cell['kept']:.0%}, else mostly "
+        f"{cell['runner_up']}"
+        for cell in view["unsure"]
+    ]
+    if len(units) > _UNSURE_SHOWN:
+        units[_UNSURE_SHOWN:] = [f"  and {len(units) - _UNSURE_SHOWN} more"]
+    return [
+        f"the optimum of the scores keeps {sure} of {len(view['kept'])} units in at least "
+        f"{SURE:.0%} of {view['num_draws']} draws within their error bars{lost}",
+        *units,
+    ]
+
+
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
@@ -328,18 +380,21 @@ def _units_table(graph: LayerGraph, problem: Problem, allocation: Allocation | N
 
 def _budget_table(problem: Problem, solution: Solution) -> Table:
     table = Table("cost", box=None, header_style="bold")
-    for column in ("total", "budget", "unquantized", "share"):
+    at_risk = () if solution.risk is None else (f"{100 * solution.risk:g} % quantile",)
+    for column in ("total", *at_risk, "budget", "unquantized", "share"):
         table.add_column(column, justify="right")
     limits = {budget.cost: budget.limit for budget in solution.budgets}
     assert solution.allocation is not None
     choice = solution.allocation.choice(problem.cells)
+    quantiles = solution.quantiles
     for name, cost in problem.costs.items():
         total = (solution.totals or {})[name]
         limit = quantity(limits[name], cost.unit) if name in limits else "-"
         whole = quantity(cost.baseline, cost.unit) if cost.baseline > 0 else "-"
         share = f"{total / cost.baseline:.1%}" if cost.baseline > 0 else "-"
         chosen = with_error(total, cost.half_width(choice), cost.unit)
-        table.add_row(name, chosen, limit, whole, share)
+        upper = () if quantiles is None else (quantity(quantiles[name], cost.unit),)
+        table.add_row(name, chosen, *upper, limit, whole, share)
     proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
     table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
     return table

@@ -64,6 +64,13 @@ def get_solver(name: str) -> Solver:
     return SOLVERS[name]()
 
 
-def solve(problem: Problem, solver: str = "auto") -> Solution:
-    """Solve a problem; an infeasible one is answered with its reason, not raised."""
-    return get_solver(solver).solve(problem)
+def solve(problem: Problem, solver: str = "auto", risk: float | None = None) -> Solution:
+    """Solve a problem; an infeasible one is answered with its reason, not raised.
+
+    With a `risk` such as 0.95 each budget holds with that probability, see solvers.risk.
+    """
+    if risk is None:
+        return get_solver(solver).solve(problem)
+    from solvers.risk import solve_at_risk
+
+    return solve_at_risk(problem, risk, solver)

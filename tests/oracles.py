@@ -100,6 +100,25 @@ def brute_force(
     return min((score(problem, choice) for choice in fits), default=None)
 
 
+def brute_force_at_risk(problem: Problem, risk: float) -> float | None:
+    """Return the least score of all choices whose costs keep within every budget at a risk.
+
+    The quantile of a total is mean + z (sum of the standard deviations), each 95 % interval being
+    2 * 1.96 of them wide.
+    """
+    z = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(risk, dtype=torch.float64)))
+    best = None
+    for choice in every_choice(problem):
+        fits = True
+        for budget in problem.budgets:
+            table = problem.costs[budget.cost]
+            deviation = sum(float(table.high[i] - table.low[i]) / (2 * 1.959964) for i in choice)
+            fits &= problem.total(budget.cost, choice) + z * deviation <= budget.limit
+        if fits and (best is None or problem.score(choice) < best):
+            best = problem.score(choice)
+    return best
+
+
 def fast_brute_force(problem: Problem) -> float | None:
     """Return the same for the additive score: sums by numpy, near ties and limits by fsum."""
     offsets = problem.cells.offsets

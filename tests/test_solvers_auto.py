@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from mpq.core.constraints import Constraint
 from mpq.core.problem import Problem, Status
-from solvers.auto import Auto
+from solvers.auto import Auto, _undominated
 from solvers.check import check
 from solvers.core import Core, Limits
 from solvers.exact import minimise
@@ -205,3 +206,20 @@ def test_few_cells_load_no_compiled_search() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_cell_of_equal_score_takes_no_place_that_breaks_another_condition() -> None:
+    """Budgets alone would let the cheaper cell take the place of the one that was chosen."""
+    problem = made([[1.0, 1.0], [0.0, 5.0]], {"memory": [[1, 2], [1, 1]]}, {"memory": 9})
+    chosen = np.array([1, 2])
+    assert _undominated(problem, chosen).tolist() == [0, 2]
+    cells = list(problem.cells)
+    row = Constraint.from_cells("other", problem.cells, {cells[0]: 1.0}, 0.5)
+    for changes in ({"forbidden": ((cells[0], cells[2]),)}, {"constraints": (row,)}):
+        other = dataclasses.replace(problem, **changes)
+        assert _undominated(other, chosen).tolist() == [1, 2]
+        assert solve_both(other) == [1.0, 1.0]
+
+
+def solve_both(problem: Problem) -> list[float]:
+    return [check(problem, Auto(few_cells=few).solve(problem)).score for few in (0, 10**6)]

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Literal
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.risk import check_risk
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
@@ -35,6 +36,7 @@ class JobSpec:
     `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
     gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
     "accuracy >= 0.99" are on metrics of `evaluate`, on qualities or on named quality functions.
+    With a `risk` such as 0.95 each budget on measured times holds with that probability.
     Raises InvalidInputError (`job_value`) for a number out of its range.
     """
 
@@ -70,6 +72,7 @@ class JobSpec:
     num_trials: int = 100
     trial_seconds: float = 600.0
     study: str | None = None
+    risk: float | None = None
 
     def __post_init__(self) -> None:
         self._at_least("num_probes", 1)
@@ -92,6 +95,8 @@ class JobSpec:
                 f"study: solvers {' and '.join(map(repr, _WITH_STUDY))} keep one, got "
                 f"{self.study!r} with solver {self.solver!r}: choose one of them or leave it out",
             )
+        if self.risk is not None:
+            check_risk(self.risk, "job_value")
         wanted = self.precision
         if wanted is None or wanted == "settled":
             return

@@ -243,7 +243,10 @@ class Infeasibility:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """The answer of a solver; `bound` <= best possible score, gap = (score - bound) / score."""
+    """The answer of a solver; `bound` <= best possible score, gap = (score - bound) / score.
+
+    `quantiles` are what the totals stay below with probability `risk`, where that was asked.
+    """
 
     status: Status
     solver: str
@@ -255,6 +258,8 @@ class Solution:
     gap: float = float("inf")
     seconds: float = 0.0
     infeasibility: Infeasibility | None = None
+    risk: float | None = None
+    quantiles: Mapping[str, float] | None = None
 
 
 __all__ = [

@@ -36,7 +36,7 @@ BudgetSetting = str | Budget | Sequence[str | Budget]
 _SPREAD = (0.125, 0.25, 0.5)  # of the way from the cheapest to the dearest allocation
 _OF_A_SEARCH = (  # keys of a job that mean nothing here
     *("metric", "metric_seconds", "precision", "solver", "refine", "held_out", "evaluate"),
-    *("quality", "quality_groups", "limits"),
+    *("quality", "quality_groups", "limits", "risk"),
 )
 
 
