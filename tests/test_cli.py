@@ -114,6 +114,24 @@ def test_solve_chooses_again_without_the_model(folder: Path) -> None:
     assert view["totals"]["memory"] <= view["budgets"]["memory"]
 
 
+def test_solve_at_a_risk_tells_the_quantiles(folder: Path) -> None:
+    plain, careful = (
+        json.loads(mpq(folder, "solve", "toy", *options, "--json").stdout)
+        for options in ((), ("--risk", "0.95"))
+    )
+    assert (plain["risk"], plain["quantiles"], careful["risk"]) == (None, None, 0.95)
+    assert careful["quantiles"] == careful["totals"]  # bytes are exact
+    assert careful["allocation"] == plain["allocation"]
+    assert "95 % quantile" in mpq(folder, "solve", "toy", "--risk", "0.95").stdout
+
+
+def test_show_tells_how_sure_the_scores_are(folder: Path) -> None:
+    view = json.loads(mpq(folder, "show", "toy", "--json").stdout)["stability"]
+    assert set(view) == {"num_draws", "kept", "unsure", "score", "spread", "lost"}
+    assert set(view["kept"]) == {"0", "2"}
+    assert f"{view['num_draws']} draws within their error bars" in mpq(folder, "show", "toy").stdout
+
+
 def test_solve_pins_a_unit(folder: Path) -> None:
     view = json.loads(mpq(folder, "solve", "--pin", "2=int8", "--json").stdout)
     assert view["allocation"]["2"] == "int8"
@@ -177,6 +195,7 @@ def test_the_page_is_written(folder: Path) -> None:
         (("show", "nosuch"), 2, "nosuch"),
         (("solve", "toy", "--memory", "1 B"), 3, "smallest possible"),
         (("solve", "toy", "--pin", "2"), 2, "NAME=SCHEME"),
+        (("solve", "toy", "--risk", "1.5"), 2, "from 0.5 up to below 1"),
         (("solve", "toy", "--pin", "9.*=int8"), 2, "matches no layer"),
         (("run", "job.toml", "--report", "no/such/page.html"), 2, "there is no folder no/such"),
         (("run", "job.toml", "--report", "."), 2, "it is a folder"),

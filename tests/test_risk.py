@@ -285,7 +285,7 @@ def search(store: Store, **changes: object) -> mpq.SearchResult:
 
 
 def test_everything_that_a_search_proposes_fits_at_its_risk(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     uncertain_sizes(monkeypatch)
     plain, careful = search(store), search(store, risk=0.95)
@@ -304,11 +304,33 @@ def test_everything_that_a_search_proposes_fits_at_its_risk(
         assert solution.quantiles["memory"] == at_95(solution.allocation)
     assert any(name.startswith("uniform") for name in careful.solutions)
     assert len(careful.solutions) < len(plain.solutions)  # some uniform scheme fits no more
+    assert "95 % quantile" in careful.report(tmp_path / "page.html").read_text()
     again = careful.solve(["memory <= uniform int4"])
     assert (again.risk, again.quantiles and again.quantiles["memory"] <= limit) == (0.95, True)
     assert careful.solve(["memory <= uniform int4"], risk=0.5).score <= again.score
     assert plain.solve(["memory <= uniform int4"], risk=0.95).allocation == again.allocation
     assert all(s.quantiles is None for s in plain.solutions.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "auto", "metric_seconds": 5.0, "refine": 0},
+        {"precision": "settled", "refine": 0},
+        {"quality": {"q": "sqnr"}, "refine": 1},
+        {"solver": "pairs"},
+    ],
+    ids=["auto", "precision", "quality", "pairs"],
+)
+def test_other_ways_to_search_keep_the_risk_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    uncertain_sizes(monkeypatch)
+    result = search(store, risk=0.95, **changes)
+    limit = result.solution.budgets[0].limit
+    for name, solution in result.solutions.items():
+        assert solution.quantiles is not None, name
+        assert solution.quantiles["memory"] <= limit
 
 
 def test_a_search_says_before_scoring_that_only_luck_would_keep_its_budget(

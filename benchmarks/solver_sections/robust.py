@@ -1,11 +1,11 @@
 """What do answers that hold with error bars cost, and do they hold?
 
-First: how often true latencies keep the budget of an answer at risk 0.95 (50 units x 8, two budgets,
-intervals of 5 to 15 % to each side, 20,000 draws of 20 problems) when all of each error is common
-to all cells, as the answer takes it to be, half of its variance, or none; and the same for plain
-answers under the latency budget alone. Then what that care costs: time, and the score above that
-of the plain answer. Last: the time of `stability` on memory and latency that grow with bits and on
-two costs at odds, scores with errors of 30 %, warm.
+First: how often true latencies keep the budget of an answer at risk 0.95 and of a plain one
+(50 units x 8, a latency budget, intervals of 5 to 15 % to each side, 20,000 draws of 20 problems)
+when all of each error is common to all cells, as the answer takes it to be, half of its variance,
+or none. Then what that care costs: processor time under two budgets, and the score above that of
+the plain answer. Last: the processor time of `stability`, warm, on memory and latency that grow
+with bits and on two costs at odds, scores with errors of 30 %.
 Run: python -m benchmarks.solver_sections.robust
 """
 
@@ -89,12 +89,12 @@ def price() -> None:
         plain_s, risk_s, gaps, more = [], [], [], []
         for seed in range(SEEDS):
             problem = measured(instance(units, tight=0.3, seed=seed), seed)
-            start = time.perf_counter()
+            start = time.process_time()
             plain = solve(problem)
-            plain_s.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            plain_s.append(time.process_time() - start)
+            start = time.process_time()
             careful = solve(problem, risk=RISK)
-            risk_s.append(time.perf_counter() - start)
+            risk_s.append(time.process_time() - start)
             gaps.append(careful.gap)
             more.append(careful.score / plain.score - 1)
         print(
@@ -113,9 +113,9 @@ def resampling() -> None:
                 problem = scored(instance(units, tight=0.3, seed=seed), 0.3)
                 problem = ordered(problem) if name == "ordered" else problem
                 solution, draws = solve(problem), usual_draws(problem)
-                start = time.perf_counter()
+                start = time.process_time()
                 found = stability(problem, solution, draws)
-                spent.append(time.perf_counter() - start)
+                spent.append(time.process_time() - start)
                 unsure.append(len(found.unsure) / units)
             print(
                 f"{units:5d} x 8  {name:10} {draws:6d} {np.median(spent):10.2f} "
