@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ def test_scores_that_nothing_fits_are_not_enough() -> None:
     of = cells(3)
     exact = made_scores(of, np.arange(9, 0, -1.0), 0.0)
     assert not asking(of, 1.0, "settled")(exact, SAMPLES)
+
+
+def test_what_fits_is_what_fits_at_the_risk() -> None:
+    of = cells(3)
+    exact = made_scores(of, np.arange(9, 0, -1.0), 0.0)
+    ask = asking(of, 12.0, "settled")  # the smallest total, of an uncertain cost
+    wide = replace(ask.costs["memory"], high=1.5 * ask.costs["memory"].values)
+    ask = replace(ask, costs={"memory": wide})
+    assert ask(exact, SAMPLES)
+    assert not replace(ask, risk=0.95)(exact, SAMPLES)
 
 
 def test_a_negative_score_leaves_nothing_to_settle() -> None:

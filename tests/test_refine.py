@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from mpq.core.constraints import Constraint
 from mpq.core.evaluation import Evaluation
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation
+from mpq.core.tables import Responses
 from mpq.criterion import Criterion
-from mpq.refine import gains
+from mpq.refine import _nearby, gains
+from tests.builders import cells, problem
 
 
 def measured(per_sample: list[float], **metrics: float) -> Evaluation:
@@ -57,3 +62,13 @@ def test_a_limit_that_was_met_is_not_broken() -> None:
     assert not gains(criterion, broken, fine)
     assert gains(criterion, measured([0.7, 0.7], accuracy=0.91), fine)
     assert gains(criterion, measured([0.4, 0.4], accuracy=0.7), broken)  # neither meets it
+
+
+def test_a_step_keeps_what_the_problem_asks_beside_budgets() -> None:
+    of = cells(2)
+    row = Constraint.from_cells("made", of, {}, 1.0)
+    pair = ((of.units[0], of.schemes[0][0]), (of.units[1], of.schemes[1][0]))
+    asked = replace(problem(of), constraints=(row,), forbidden=(pair,))
+    responses = Responses(cells=of, vectors=np.ones((len(of), 2, 1), np.float32))
+    nearby = _nearby(asked, Allocation.from_choice(of, np.array([0, 4])), responses, 1)
+    assert (nearby.constraints, nearby.forbidden) == ((row,), (pair,))
