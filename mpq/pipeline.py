@@ -256,13 +256,13 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     check_evaluate(workers)
     with_metrics = needs_metrics(workers, limits, run_id)
     scores, others = _score(spec, prepared)
-    problem = Problem(
+    plain = Problem(
         sensitivity=scores.sensitivity.clamped(),
         costs=prepared.costs,
         budgets=prepared.budgets,
         responses=scores.responses,
     )
-    problem = at_risk(problem, spec.risk)
+    problem = at_risk(plain, spec.risk)
     store.put_sensitivity(run_id, scores.sensitivity)
     if problem.responses is not None:
         problem = cross_validated(problem)
@@ -285,7 +285,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         run_id,
         with_metrics,
     )
-    _keep_frontiers(problem.with_budgets(chosen.solution.budgets), store, run_id)
+    _keep_frontiers(plain.with_budgets(chosen.solution.budgets), spec.risk, store, run_id)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
 
@@ -364,15 +364,17 @@ def _compare(
     measured(candidates)
 
 
-def _keep_frontiers(problem: Problem, store: Store, run_id: str) -> None:
+def _keep_frontiers(problem: Problem, risk: float | None, store: Store, run_id: str) -> None:
     """Keep what any other budget would give, for every page and question to come."""
     from solvers.frontier import frontier
     from solvers.surface import surface
 
     for cost in problem.costs:
-        store.put_frontier(run_id, frontier(problem, cost, KEPT_POINTS))
-    if {"memory", "latency"} <= problem.costs.keys():
-        store.put_frontier(run_id, surface(problem, ("memory", "latency"), KEPT_GRID))
+        asked = at_risk(problem, risk, [cost])
+        store.put_frontier(run_id, frontier(asked, cost, KEPT_POINTS))
+    both = ("memory", "latency")
+    if problem.costs.keys() >= set(both):
+        store.put_frontier(run_id, surface(at_risk(problem, risk, both), both, KEPT_GRID))
 
 
 def _weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:

@@ -153,8 +153,7 @@ class SearchResult:
 
     def asked(self, *free: str) -> Problem:
         """Return the problem that the search solved, at its risk, costs in `free` unlimited."""
-        kept = [budget for budget in self.solution.budgets if budget.cost not in free]
-        return at_risk(self.problem.with_budgets(kept), self.risk)
+        return at_risk(self.problem.with_budgets(self.solution.budgets), self.risk, free)
 
     def frontier(self, cost: str = "memory", points: int | None = KEPT_POINTS) -> Frontier:
         """Return the proven trade-off between one cost and the predicted loss.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from solvers.auto import Auto
 _DRAWS = ((2_000, 50), (20_000, 20))  # up to so many cells: some seconds at most
 # A draw that cannot be solved in that time, a rare one, takes the best choice found by then.
 _SOLVER = Auto(few_cells=40, time_limit_s=0.2)
+_UNSURE_SHOWN = 5
 
 
 def usual_draws(problem: Problem) -> int:
@@ -90,3 +93,43 @@ def _counted(
         spread=float(own.std(ddof=1)) if draws > 1 else 0.0,
         lost=lost / total if total > 0 else (math.inf if lost > 0 else 0.0),
     )
+
+
+def stability_view(found: Stability) -> dict[str, Any]:
+    """Return it as plain data; an infinite loss becomes null."""
+    return {
+        "num_draws": found.num_draws,
+        "kept": dict(found.kept),
+        "unsure": [
+            {
+                "unit": unit,
+                "scheme": str(found.schemes[unit]),
+                "kept": found.kept[unit],
+                "runner_up": str(found.runner_up[unit]),
+            }
+            for unit in found.unsure
+        ],
+        "score": found.score,
+        "spread": found.spread,
+        "lost": found.lost if math.isfinite(found.lost) else None,
+    }
+
+
+def stability_lines(view: Mapping[str, Any] | None) -> list[str]:
+    """Return how sure the optimum of the scores is, and the least sure units, one a line."""
+    if view is None:
+        return []
+    sure = len(view["kept"]) - len(view["unsure"])
+    lost = "" if view["lost"] is None else f"; it loses {view['lost']:.1%} to theirs on average"
+    units = [
+        f"  unsure {cell['unit']}: {cell['scheme']} in {cell['kept']:.0%}, else mostly "
+        f"{cell['runner_up']}"
+        for cell in view["unsure"]
+    ]
+    if len(units) > _UNSURE_SHOWN:
+        units[_UNSURE_SHOWN:] = [f"  and {len(units) - _UNSURE_SHOWN} more"]
+    return [
+        f"the optimum of the scores keeps {sure} of {len(view['kept'])} units in at least "
+        f"{SURE:.0%} of {view['num_draws']} draws within their error bars{lost}",
+        *units,
+    ]

@@ -19,13 +19,10 @@ from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
-from mpq.core.stability import SURE
 from mpq.referee.ranks import LEAST_PAIRS
 from mpq.result import SearchResult
-from mpq.stability import usual_draws
+from mpq.stability import stability_lines, stability_view, usual_draws
 from mpq.store.store import Store
-
-_UNSURE_SHOWN = 5
 
 
 def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
@@ -51,7 +48,7 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     console.print(_measured_table(result.asked(), told))
     for line in _additivity_lines(additivity(problem, allocation, told, strongest=3)):
         console.print(Text(line))
-    for line in _stability_lines(view["stability"]):
+    for line in stability_lines(view["stability"]):
         console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
@@ -62,6 +59,8 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
     record = store.run(run_id)
     chosen = CHOSEN in dict(store.solutions(run_id))
     result = SearchResult(store, run_id) if chosen else None
+    shown = result is not None and usual_draws(result.problem)
+    stability = result.stability() if result is not None and shown else None
     graph = store.graph(run_id) if record.has_graph else None
     return {
         "id": record.id,
@@ -74,7 +73,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
         "additivity": None if result is None else _additivity_view(result),
-        "stability": None if result is None else _stability_view(result),
+        "stability": None if stability is None else stability_view(stability),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
         "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
     }
@@ -88,29 +87,6 @@ def _additivity_view(result: SearchResult) -> dict[str, Any]:
         "measured": found.measured,
         "stderr": found.stderr,
         "pairs": [asdict(pair) for pair in found.pairs],
-    }
-
-
-def _stability_view(result: SearchResult) -> dict[str, Any] | None:
-    """Return what draws of the scores change; None where there are too many units to try."""
-    if not usual_draws(result.problem):
-        return None
-    found = result.stability()
-    return {
-        "num_draws": found.num_draws,
-        "kept": dict(found.kept),
-        "unsure": [
-            {
-                "unit": unit,
-                "scheme": str(found.schemes[unit]),
-                "kept": found.kept[unit],
-                "runner_up": str(found.runner_up[unit]),
-            }
-            for unit in found.unsure
-        ],
-        "score": found.score,
-        "spread": found.spread,
-        "lost": _finite(found.lost),
     }
 
 
@@ -308,26 +284,6 @@ def _additivity_lines(found: Additivity) -> list[str]:
         for pair in found.pairs
     ]
     return [", ".join(told), *pairs]
-
-
-def _stability_lines(view: Mapping[str, Any] | None) -> list[str]:
-    """Return how sure the optimum of the scores is, and the least sure units, one a line."""
-    if view is None:
-        return []
-    sure = len(view["kept"]) - len(view["unsure"])
-    lost = "" if view["lost"] is None else f"; it loses {view['lost']:.1%} to theirs on average"
-    units = [
-        f"  unsure {cell['unit']}: {cell['scheme']} in {cell['kept']:.0%}, else mostly "
-        f"{cell['runner_up']}"
-        for cell in view["unsure"]
-    ]
-    if len(units) > _UNSURE_SHOWN:
-        units[_UNSURE_SHOWN:] = [f"  and {len(units) - _UNSURE_SHOWN} more"]
-    return [
-        f"the optimum of the scores keeps {sure} of {len(view['kept'])} units in at least "
-        f"{SURE:.0%} of {view['num_draws']} draws within their error bars{lost}",
-        *units,
-    ]
 
 
 def _finite(value: float) -> float | None:

@@ -15,6 +15,7 @@ exact: `CostTable.fixed` and the unquantized network that percentages refer to.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -28,12 +29,15 @@ from solvers.infeasible import explain
 _TIME_LIMIT_S = 60.0
 
 
-def at_risk(problem: Problem, risk: float | None) -> Problem:
+def at_risk(problem: Problem, risk: float | None, free: Collection[str] = ()) -> Problem:
     """Return the problem whose budgets hold with probability `risk`; None: as they are.
 
-    Budgets stay, and each on a cost with errors brings a constraint on its quantile. Raises
-    InvalidInputError (`risk`) for anything but a number from 0.5 up to below 1.
+    Budgets stay, except those on costs in `free`, and each on a cost with errors brings a
+    constraint on its quantile. Raises InvalidInputError (`risk`) for anything but a number from
+    0.5 up to below 1.
     """
+    if free:
+        problem = problem.with_budgets([b for b in problem.budgets if b.cost not in free])
     if risk is None:
         return problem
     check_risk(risk)

@@ -310,6 +310,9 @@ def test_everything_that_a_search_proposes_fits_at_its_risk(
     assert careful.solve(["memory <= uniform int4"], risk=0.5).score <= again.score
     assert plain.solve(["memory <= uniform int4"], risk=0.95).allocation == again.allocation
     assert all(s.quantiles is None for s in plain.solutions.values())
+    # the trade-off along a cost is not cut off where that cost's own budget is at risk
+    ends = [(r.frontier("memory").solutions[-1].totals or {})["memory"] for r in (plain, careful)]
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,8 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Problem
 from mpq.core.protocols import Scores
 from mpq.core.tables import Responses
-from mpq.stability import stability, usual_draws
+from mpq.stability import stability, stability_lines, usual_draws
 from mpq.store.store import Store, open_store
-from mpq.terminal import _stability_lines
 from solvers import solve
 from tests.builders import mlp
 from tests.oracles import every_choice
@@ -194,7 +193,7 @@ def test_unsure_units_are_told_a_few_lines_long() -> None:
         "unsure": unsure,
         "lost": 0.012,
     }
-    lines = _stability_lines(view)
+    lines = stability_lines(view)
     assert lines[0] == (
         "the optimum of the scores keeps 1 of 8 units in at least 80% of 50 draws within their "
         "error bars; it loses 1.2% to theirs on average"
@@ -202,4 +201,4 @@ def test_unsure_units_are_told_a_few_lines_long() -> None:
     assert lines[1] == "  unsure u0: int4 in 50%, else mostly int3"
     assert lines[-1] == "  and 2 more"
     assert len(lines) == 7
-    assert _stability_lines(None) == []
+    assert stability_lines(None) == []
