@@ -29,12 +29,13 @@ from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.export.packed import write_packed
+from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload
 from mpq.limited import needs_metrics
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
-from mpq.result import KEPT_GRID, KEPT_POINTS, SearchResult
+from mpq.result import SearchResult
 from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
@@ -285,7 +286,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         run_id,
         with_metrics,
     )
-    _keep_frontiers(plain.with_budgets(chosen.solution.budgets), spec.risk, store, run_id)
+    keep_frontiers(plain.with_budgets(chosen.solution.budgets), spec.risk, store, run_id)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
 
@@ -362,19 +363,6 @@ def _compare(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )
     measured(candidates)
-
-
-def _keep_frontiers(problem: Problem, risk: float | None, store: Store, run_id: str) -> None:
-    """Keep what any other budget would give, for every page and question to come."""
-    from solvers.frontier import frontier
-    from solvers.surface import surface
-
-    for cost in problem.costs:
-        asked = at_risk(problem, risk, [cost])
-        store.put_frontier(run_id, frontier(asked, cost, KEPT_POINTS))
-    both = ("memory", "latency")
-    if problem.costs.keys() >= set(both):
-        store.put_frontier(run_id, surface(at_risk(problem, risk, both), both, KEPT_GRID))
 
 
 def _weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:

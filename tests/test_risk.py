@@ -322,8 +322,11 @@ def test_everything_that_a_search_proposes_fits_at_its_risk(
         {"precision": "settled", "refine": 0},
         {"quality": {"q": "sqnr"}, "refine": 1},
         {"solver": "pairs"},
+        {"solver": "evolution", "num_trials": 8},
+        {"solver": "optuna", "num_trials": 8},
+        {"solver": "nsga2", "num_trials": 8},
     ],
-    ids=["auto", "precision", "quality", "pairs"],
+    ids=["auto", "precision", "quality", "pairs", "evolution", "optuna", "nsga2"],
 )
 def test_other_ways_to_search_keep_the_risk_too(
     store: Store, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
