@@ -21,6 +21,12 @@ def _ilp() -> Solver:
     return Ilp()
 
 
+def _cbc() -> Solver:
+    from solvers.ilp import Ilp
+
+    return Ilp(name="cbc", library="cbc")
+
+
 def _pairs() -> Solver:
     from solvers.pairs import Pairs
 
@@ -48,6 +54,7 @@ def _nsga2() -> Solver:
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "auto": _auto,
     "ilp": _ilp,
+    "cbc": _cbc,
     "pairs": _pairs,
     "evolution": _evolution,
     "optuna": _optuna,

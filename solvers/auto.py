@@ -73,7 +73,9 @@ def _undominated(problem: Problem, choice: Indices) -> Indices:
     sizes = np.diff(problem.cells.offsets)
     values = problem.sensitivity.values
     as_good = values <= np.repeat(values[choice], sizes)
-    for cost in {budget.cost for budget in problem.budgets}:
-        costs = problem.costs[cost].values
-        as_good &= costs <= np.repeat(costs[choice], sizes)
+    for row in problem.rows():
+        coefficients = row.coefficients
+        as_good &= coefficients <= np.repeat(coefficients[choice], sizes)
+    as_good[[cell for pair in problem.forbidden_cells() for cell in pair]] = False
+    as_good[choice] = True
     return cheapest(problem, np.where(as_good, values, np.inf))
