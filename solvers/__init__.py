@@ -27,6 +27,24 @@ def _cbc() -> Solver:
     return Ilp(name="cbc", library="cbc")
 
 
+def _brute_force() -> Solver:
+    from solvers.brute_force import BruteForce
+
+    return BruteForce()
+
+
+def _greedy() -> Solver:
+    from solvers.greedy import Greedy
+
+    return Greedy()
+
+
+def _dp() -> Solver:
+    from solvers.dp import Dp
+
+    return Dp()
+
+
 def _pairs() -> Solver:
     from solvers.pairs import Pairs
 
@@ -55,6 +73,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "auto": _auto,
     "ilp": _ilp,
     "cbc": _cbc,
+    "brute_force": _brute_force,
+    "greedy": _greedy,
+    "dp": _dp,
     "pairs": _pairs,
     "evolution": _evolution,
     "optuna": _optuna,

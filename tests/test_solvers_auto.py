@@ -10,21 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 
-from mpq.core.problem import Problem, Status
+from mpq.core.problem import Status
 from solvers.auto import Auto
-from solvers.check import check
 from solvers.core import Core, Limits
 from solvers.exact import minimise
 from solvers.ilp import Ilp
 from solvers.knapsack import fitting
 from solvers.lagrange import maximise_dual
 from solvers.relaxation import relax
-from tests.oracles import fast_brute_force
 from tests.test_hawqv3 import DATA, hawq, limit_of
 from tests.test_solvers import drawn, made
-from tests.test_solvers_oracle import problems
 
 ROOT = Path(__file__).parents[1]
 Own = partial(Auto, few_cells=0)  # the compiled search, however small the problem
