@@ -55,11 +55,10 @@ def _thinned(values: Indices) -> Mask:
     """
     n = values.shape[1]
     if n <= _FEW:
-        beats: Mask = _EARLIER[:n, :n].copy()
+        beats = _EARLIER[:n, :n].copy()
         for row in values:
-            np.logical_and(beats, row[:, None] <= row, out=beats)
-        alone: Mask = ~beats.any(axis=0)
-        return alone
+            beats &= row[:, None] <= row
+        return np.asarray(~beats.any(axis=0))
     middle = n // 2
     keep = np.concatenate([_thinned(values[:, :middle]), _thinned(values[:, middle:])])
     early, late = np.flatnonzero(keep[:middle]), middle + np.flatnonzero(keep[middle:])
