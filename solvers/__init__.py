@@ -21,6 +21,30 @@ def _ilp() -> Solver:
     return Ilp()
 
 
+def _cbc() -> Solver:
+    from solvers.ilp import Ilp
+
+    return Ilp(name="cbc", library="cbc")
+
+
+def _brute_force() -> Solver:
+    from solvers.brute_force import BruteForce
+
+    return BruteForce()
+
+
+def _greedy() -> Solver:
+    from solvers.greedy import Greedy
+
+    return Greedy()
+
+
+def _dp() -> Solver:
+    from solvers.dp import Dp
+
+    return Dp()
+
+
 def _pairs() -> Solver:
     from solvers.pairs import Pairs
 
@@ -48,6 +72,10 @@ def _nsga2() -> Solver:
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "auto": _auto,
     "ilp": _ilp,
+    "cbc": _cbc,
+    "brute_force": _brute_force,
+    "greedy": _greedy,
+    "dp": _dp,
     "pairs": _pairs,
     "evolution": _evolution,
     "optuna": _optuna,

@@ -74,8 +74,8 @@ def _undominated(problem: Problem, choice: Indices) -> Indices:
     values = problem.sensitivity.values
     as_good = values <= np.repeat(values[choice], sizes)
     for row in problem.rows():
-        taken = row.coefficients
-        as_good &= taken <= np.repeat(taken[choice], sizes)
-    as_good[[i for pair in problem.forbidden_cells() for i in pair]] = False
+        coefficients = row.coefficients
+        as_good &= coefficients <= np.repeat(coefficients[choice], sizes)
+    as_good[[cell for pair in problem.forbidden_cells() for cell in pair]] = False
     as_good[choice] = True
     return cheapest(problem, np.where(as_good, values, np.inf))

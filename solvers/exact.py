@@ -14,7 +14,7 @@ from mpq.core.problem import Budget, Constraint, Problem
 from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
 from solvers.knapsack import Knapsack, cheapest, fitting, preference, smallest_total
-from solvers.milp import TOLERANCE, Answer, branch_and_cut
+from solvers.milp import TOLERANCE, Answer, Library, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
 
@@ -61,6 +61,7 @@ def minimise(
     among: Indices | None = None,
     known: Indices | None = None,
     gap: float = 0.0,
+    library: Library = "highs",
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
@@ -75,7 +76,7 @@ def minimise(
     which a better choice consists. The search ends within `gap` of the total.
     """
     asked = problem.with_budgets(budgets)
-    search = _Search(asked, values, asked.rows(), time.monotonic() + time_limit_s, gap)
+    search = _Search(asked, values, asked.rows(), time.monotonic() + time_limit_s, gap, library)
     if among is None:
         return search.run()
     search.best = known
@@ -90,10 +91,11 @@ class _Search:
         rows: Sequence[Constraint],
         deadline: float,
         gap: float,
+        library: Library,
     ) -> None:
         self.problem, self.values, self.rows = problem, values, rows
         self.forbidden = problem.forbidden_cells()
-        self.deadline, self.gap = deadline, gap
+        self.deadline, self.gap, self.library = deadline, gap, library
         self.best: Indices | None = None
 
     def run(self) -> Least:
@@ -192,7 +194,12 @@ class _Search:
         self, free: Knapsack, excluded: list[Indices], left: float, *, enough: float = 0.0
     ) -> Answer:
         return branch_and_cut(
-            free, excluded, forbidden=self.forbidden, time_limit_s=left, enough=enough
+            free,
+            excluded,
+            forbidden=self.forbidden,
+            time_limit_s=left,
+            enough=enough,
+            library=self.library,
         )
 
     def _enough(self) -> float:

@@ -1,9 +1,10 @@
-"""Solver "ilp": the additive score, minimised exactly under any number of budgets."""
+"""Solvers "ilp" and "cbc": the additive score, minimised exactly by an integer program."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,13 +14,14 @@ from solvers.check import finish
 from solvers.exact import Minimise, minimise
 from solvers.infeasible import explain
 from solvers.knapsack import unit_numbers
+from solvers.milp import Library
 
 _MANY = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ilp:
-    """Multiple-choice knapsack by PuLP and HiGHS.
+    """Multiple-choice knapsack by PuLP and HiGHS, or CBC.
 
     OPTIMAL when proven; stopped by `time_limit_s` it is FEASIBLE with its bound and gap, or
     UNKNOWN without an allocation. Deterministic as long as it is not stopped. Between equal
@@ -29,20 +31,22 @@ class Ilp:
     """
 
     name: str = "ilp"
+    library: Library = "highs"
     time_limit_s: float = 60.0
 
     def solve(self, problem: Problem) -> Solution:
         """Return the allocation of least additive score that meets every budget."""
         start = time.monotonic()
-        least = minimise(
+        minimiser = partial(minimise, library=self.library)
+        least = minimiser(
             problem, problem.sensitivity.values, problem.budgets, time_limit_s=self.time_limit_s
         )
         choice, infeasibility = least.choice, None
         if choice is not None:
             left = self.time_limit_s - (time.monotonic() - start)
-            choice = cheapest_of_equal_score(problem, choice, minimise, time_limit_s=left)
+            choice = cheapest_of_equal_score(problem, choice, minimiser, time_limit_s=left)
         elif least.proven:
-            infeasibility = explain(problem, time_limit_s=self.time_limit_s)
+            infeasibility = explain(problem, time_limit_s=self.time_limit_s, by=minimiser)
         return finish(
             problem,
             self.name,

@@ -91,12 +91,8 @@ def every_choice(problem: Problem) -> Iterator[np.ndarray]:
 def brute_force(
     problem: Problem, score: Callable[[Problem, np.ndarray], float] = Problem.score
 ) -> float | None:
-    """Return the least score of all choices that meet every budget, None where none does."""
-    fits = (
-        choice
-        for choice in every_choice(problem)
-        if all(problem.total(b.cost, choice) <= b.limit for b in problem.budgets)
-    )
+    """Return the least score of all choices that meet every condition, None where none does."""
+    fits = (choice for choice in every_choice(problem) if problem.meets(choice))
     return min((score(problem, choice) for choice in fits), default=None)
 
 
@@ -122,6 +118,7 @@ def brute_force_at_risk(problem: Problem, risk: float) -> float | None:
 def fast_brute_force(problem: Problem) -> float | None:
     """Return the same for the additive score: sums by numpy, near ties and limits by fsum."""
     offsets = problem.cells.offsets
+    sizes = tuple(np.diff(offsets))
 
     def sums(values: np.ndarray) -> np.ndarray:
         total = np.zeros(1)
@@ -132,17 +129,23 @@ def fast_brute_force(problem: Problem) -> float | None:
     score = sums(problem.sensitivity.values)
     alive = np.ones(len(score), bool)
     unsure = np.zeros(len(score), bool)
-    for budget in problem.budgets:
-        table = problem.costs[budget.cost]
-        total = table.fixed + sums(table.values)
-        alive &= total <= budget.limit * (1 + 1e-9)
-        unsure |= abs(total - budget.limit) <= 1e-9 * budget.limit
-    sizes = tuple(np.diff(offsets))
-    for place in sorted(np.flatnonzero(alive), key=lambda p: score[p]):
+    rows = problem.rows()
+    for row in rows:
+        total = row.fixed + sums(row.coefficients)
+        size = 1e-9 * (abs(row.limit) + abs(row.fixed) + np.abs(row.coefficients).max(initial=0))
+        alive &= total <= row.limit + size
+        unsure |= abs(total - row.limit) <= size
+    for pair in problem.forbidden_cells():
+        places: list[slice | int] = [slice(None)] * len(sizes)
+        for cell in pair:
+            unit = int(np.searchsorted(offsets, cell, side="right")) - 1
+            places[unit] = int(cell - offsets[unit])
+        alive.reshape(sizes)[tuple(places)] = False
+    left = np.flatnonzero(alive)
+    for place in left[np.argsort(score[left], kind="stable")]:
         choice = offsets[:-1] + np.array(np.unravel_index(place, sizes), np.int64)
-        if not unsure[place] or all(
-            problem.total(b.cost, choice) <= b.limit for b in problem.budgets
-        ):
+        if not unsure[place] or all(row.met(choice) for row in rows):
+            assert problem.meets(choice)
             return problem.score(choice)
     return None
 

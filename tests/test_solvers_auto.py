@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from mpq.core.constraints import Constraint
 from mpq.core.problem import Problem, Status
@@ -22,37 +21,11 @@ from solvers.ilp import Ilp
 from solvers.knapsack import fitting
 from solvers.lagrange import maximise_dual
 from solvers.relaxation import relax
-from tests.oracles import fast_brute_force
 from tests.test_hawqv3 import DATA, hawq, limit_of
 from tests.test_solvers import drawn, made
-from tests.test_solvers_oracle import problems
 
 ROOT = Path(__file__).parents[1]
 Own = partial(Auto, few_cells=0)  # the compiled search, however small the problem
-
-
-def agrees(problem: Problem) -> None:
-    best = fast_brute_force(problem)
-    solution = check(problem, Own(gap=0.0).solve(problem))
-    if best is None:
-        assert solution.status is Status.INFEASIBLE
-        return
-    assert solution.status is Status.OPTIMAL
-    magnitude = float(np.abs(problem.sensitivity.values).max(initial=0.0))
-    assert solution.score == pytest.approx(best, rel=1e-9, abs=1e-12 * magnitude)
-
-
-@given(problems())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_auto_finds_what_trying_everything_finds(problem: Problem) -> None:
-    agrees(problem)
-
-
-@pytest.mark.slow
-@given(problems())
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_auto_finds_what_trying_everything_finds_2000(problem: Problem) -> None:
-    agrees(problem)
 
 
 @pytest.mark.parametrize("tight", [0.05, 0.3])

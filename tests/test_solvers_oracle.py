@@ -1,7 +1,8 @@
-"""Solver "ilp" against trying every allocation."""
+"""Solvers against trying every allocation."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,13 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpq.core.problem import Budget, Problem, Status
-from solvers import solve
+from mpq.core.problem import Budget, Constraint, Problem, Status
+from mpq.core.protocols import Solver
+from solvers import get_solver, solve
+from solvers.auto import Auto
 from solvers.check import check
 from solvers.knapsack import fitting
 from solvers.milp import branch_and_cut
 from tests.oracles import brute_force, fast_brute_force
 from tests.test_solvers import drawn, made
+
+# Hypothesis prints a failing example in full, whatever its size.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 
 SCORES = {
     "few values": lambda rng, shape: rng.integers(0, 4, shape).astype(float),
@@ -77,9 +83,50 @@ def problems(draw: st.DrawFn, costs: tuple[str, ...] = tuple(COSTS)) -> Problem:
     )
 
 
-def agrees(problem: Problem) -> None:
+COEFFICIENTS = {
+    "of both signs": lambda rng, n: rng.normal(size=n),
+    "counts": lambda rng, n: rng.integers(-3, 4, n).astype(float),
+    "few cells": lambda rng, n: rng.integers(-3, 4, n) * (rng.random(n) < 0.2),
+    "all negative": lambda rng, n: -rng.random(n),
+}
+
+
+@st.composite
+def conditioned(draw: st.DrawFn) -> Problem:
+    """Those problems with rows of both signs, lower bounds of costs and forbidden pairs."""
+    problem = draw(problems())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    cells, sizes = problem.cells, np.diff(problem.cells.offsets)
+    some = cells.offsets[:-1] + rng.integers(0, sizes)
+    slack = st.sampled_from(["reached", "just missed", "loose"])
+
+    def limited(row: Constraint) -> Constraint:
+        total = row.total(some)
+        wider = total + 0.3 * abs(row.coefficients).sum()
+        limits = {"reached": total, "just missed": np.nextafter(total, -np.inf), "loose": wider}
+        return dataclasses.replace(row, limit=float(limits[draw(slack)]))
+
+    rows = []
+    for number in range(draw(st.integers(0, 2))):
+        made_by = COEFFICIENTS[draw(st.sampled_from(list(COEFFICIENTS)))]
+        values = made_by(rng, len(cells))
+        row = Constraint(name=f"row{number}", cells=cells, coefficients=values, limit=0.0)
+        rows.append(limited(row))
+    bounded = draw(st.sets(st.sampled_from(UNRELATED)))
+    tables = [table for name, table in problem.costs.items() if name in bounded]
+    rows += [limited(Constraint.at_least(table, 0.0)) for table in tables]
+    every = list(cells)
+    pairs = []
+    for _ in range(draw(st.integers(0, 6)) if len(sizes) > 1 else 0):
+        one, other = rng.choice(len(sizes), 2, replace=False)
+        pair = [cells.offsets[u] + rng.integers(0, sizes[u]) for u in (one, other)]
+        pairs.append((every[pair[0]], every[pair[1]]))
+    return dataclasses.replace(problem, constraints=tuple(rows), forbidden=tuple(pairs))
+
+
+def agrees(problem: Problem, solver: Solver) -> None:
     best = fast_brute_force(problem)
-    solution = check(problem, solve(problem))
+    solution = check(problem, solver.solve(problem))
     if best is None:
         assert solution.status is Status.INFEASIBLE
         return
@@ -88,17 +135,41 @@ def agrees(problem: Problem) -> None:
     assert solution.score == pytest.approx(best, rel=1e-9, abs=1e-12 * magnitude)
 
 
-@given(problems())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_ilp_finds_what_trying_everything_finds(problem: Problem) -> None:
-    agrees(problem)
+EXACT = {
+    "ilp": get_solver("ilp"),
+    "cbc": get_solver("cbc"),
+    "auto": Auto(few_cells=0, gap=0.0),  # the compiled search, however small the problem
+}
+QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(problem=problems())
+@settings(QUIET, max_examples=150)
+def test_it_finds_what_trying_everything_finds(name: str, problem: Problem) -> None:
+    agrees(problem, EXACT[name])
+
+
+@pytest.mark.parametrize("name", EXACT)
+@given(problem=conditioned())
+@settings(QUIET, max_examples=150)
+def test_it_finds_it_under_conditions_of_every_kind(name: str, problem: Problem) -> None:
+    agrees(problem, EXACT[name])
 
 
 @pytest.mark.slow
-@given(problems())
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-def test_ilp_finds_what_trying_everything_finds_2000(problem: Problem) -> None:
-    agrees(problem)
+@pytest.mark.parametrize("name", ["ilp", "auto"])
+@given(problem=problems())
+@settings(QUIET, max_examples=2000)
+def test_it_finds_what_trying_everything_finds_2000(name: str, problem: Problem) -> None:
+    agrees(problem, EXACT[name])
+
+
+@pytest.mark.slow
+@given(problem=conditioned())
+@settings(QUIET, max_examples=2000)
+def test_auto_finds_it_under_conditions_of_every_kind_2000(problem: Problem) -> None:
+    agrees(problem, EXACT["auto"])
 
 
 @given(problems(costs=("bytes", "few values", "identical units")))
