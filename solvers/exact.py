@@ -18,7 +18,8 @@ from solvers.milp import TOLERANCE, Answer, Library, branch_and_cut
 from solvers.relaxation import Relaxation, relax
 from solvers.rounding import round_to_fit
 
-_MAX_EXCLUDED = 100  # choices that break a budget by less than the solver can see
+_FEW_CHOICES = 10**7  # some seconds
+_MAX_EXCLUDED = 20  # choices that break a budget by less than the solver can see
 _LARGE = 300  # entries from which on a small core is solved first
 _CORE = 60  # entries of that core beyond one per unit
 
@@ -77,10 +78,32 @@ def minimise(
     """
     asked = problem.with_budgets(budgets)
     search = _Search(asked, values, asked.rows(), time.monotonic() + time_limit_s, gap, library)
-    if among is None:
-        return search.run()
-    search.best = known
-    return search.decide(among)
+    if among is not None:
+        search.best = known
+        return search.decide(among)
+    least = search.run()
+    return _without_tolerance(search, least) if search.blurred and not least.proven else least
+
+
+def _without_tolerance(search: _Search, least: Least) -> Least:
+    """Decide what an integer program cannot tell apart, by sums without error.
+
+    Of few choices all are tried; of many the dual's core is searched, where that knows all the
+    conditions there are.
+    """
+    from solvers.brute_force import try_everything
+    from solvers.quick import MOST_ROWS, minimise_quickly
+
+    problem, left = search.problem, search.deadline - time.monotonic()
+    by: Minimise | None = None
+    if math.prod(map(len, problem.cells.schemes)) <= _FEW_CHOICES:
+        by = try_everything
+    elif not problem.forbidden and len(search.rows) <= MOST_ROWS:
+        by = minimise_quickly
+    if by is None:
+        return least
+    decided = by(problem, search.values, problem.budgets, time_limit_s=left)
+    return decided if decided.proven or decided.choice is not None else least
 
 
 class _Search:
@@ -97,6 +120,7 @@ class _Search:
         self.forbidden = problem.forbidden_cells()
         self.deadline, self.gap, self.library = deadline, gap, library
         self.best: Indices | None = None
+        self.blurred = False  # too many choices break a row by less than the program can see
 
     def run(self) -> Least:
         for row in self.rows:
@@ -187,7 +211,8 @@ class _Search:
                 if safe.choice is not None:
                     self._offer(settled, free, safe.choice)
             excluded.append(answer.choice)
-            if not answer.complete or len(excluded) > _MAX_EXCLUDED:
+            self.blurred |= len(excluded) > _MAX_EXCLUDED
+            if not answer.complete or self.blurred:
                 return replace(answer, complete=False)
 
     def _program(

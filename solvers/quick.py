@@ -26,7 +26,7 @@ _MOST_NODES = 2000  # some seconds
 _MAX_ENTRIES = 4000  # of a core, beyond one per unit
 _REPAIRABLE = 100_000  # entries from which on changing units one by one takes too long
 _REPAIRS = 20
-_MOST_ROWS = 8  # conditions; the ellipsoid shrinks ever more slowly with their number
+MOST_ROWS = 8  # conditions; the ellipsoid shrinks ever more slowly with their number
 
 
 def minimise_quickly(
@@ -50,7 +50,7 @@ def minimise_quickly(
     deadline = time.monotonic() + time_limit_s
     asked = replace(problem, budgets=tuple(budgets), forbidden=())
     rows = asked.rows()
-    if len(rows) > _MOST_ROWS:
+    if len(rows) > MOST_ROWS:
         return minimise(problem, values, budgets, time_limit_s=time_limit_s, gap=gap)
     least = _Search(asked, values, rows, deadline, gap).run(effort)
     if least.choice is None or problem.allows(least.choice):

@@ -143,18 +143,24 @@ EXACT = {
 QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["ilp", "auto"])
 @given(problem=problems())
 @settings(QUIET, max_examples=150)
 def test_it_finds_what_trying_everything_finds(name: str, problem: Problem) -> None:
     agrees(problem, EXACT[name])
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["ilp", "auto"])
 @given(problem=conditioned())
 @settings(QUIET, max_examples=150)
 def test_it_finds_it_under_conditions_of_every_kind(name: str, problem: Problem) -> None:
     agrees(problem, EXACT[name])
+
+
+@given(problem=st.one_of(problems(), conditioned()))
+@settings(QUIET, max_examples=40)
+def test_cbc_finds_it_too(problem: Problem) -> None:
+    agrees(problem, EXACT["cbc"])
 
 
 @pytest.mark.slow
