@@ -13,6 +13,7 @@ from mpq.core.tables import Floats
 from solvers.knapsack import Knapsack, unit_numbers
 from solvers.questions import FEW_CELLS, Questions, alternative, below
 from solvers.relaxation import relax
+from solvers.risk import by_quantiles
 
 _RAISED = 1.08
 _ROUNDING = 1e-9  # of a score: what is better by less does not count as better
@@ -29,13 +30,15 @@ def shadow_prices(
     All of it is about the proven optimum of the additive score under the solution's budgets,
     which is the solution itself where it is OPTIMAL. Every allocation in the answer is solved
     for, exactly; what is not proven within `time_limit_s` (for all of it) is the best found and
-    says so. Raises InvalidInputError for a solution without an allocation.
+    says so. Where the solution's budgets hold with a probability, costs count with their quantiles
+    (see solvers.risk), also in the answer; `problem` has no constraints for that. Raises
+    InvalidInputError for a solution without an allocation.
     """
     if solution.allocation is None:
         raise InvalidInputError(
             "solution", f"a solution that is {solution.status} has no shadow prices"
         )
-    problem = problem.with_budgets(solution.budgets)
+    problem = by_quantiles(problem.with_budgets(solution.budgets), solution.risk)
     limits = problem.limits()
     questions = Questions(problem=problem, number=1 + 5 * len(limits), seconds=time_limit_s)
     known = solution.allocation.choice(problem.cells)
