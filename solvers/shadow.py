@@ -10,6 +10,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Budget, Constraint, Problem, Solution, Status
 from mpq.core.shadow import Alternative, ShadowPrice, ShadowPrices
 from mpq.core.tables import Floats
+from solvers.check import score_of
 from solvers.knapsack import Knapsack, unit_numbers
 from solvers.questions import FEW_CELLS, Questions, alternative, below
 from solvers.relaxation import relax
@@ -28,11 +29,11 @@ def shadow_prices(
     """Return what each budget of a solution is worth, the other budgets kept.
 
     All of it is about the proven optimum of the additive score under the solution's budgets,
-    which is the solution itself where it is OPTIMAL. Every allocation in the answer is solved
-    for, exactly; what is not proven within `time_limit_s` (for all of it) is the best found and
-    says so. Where the solution's budgets hold with a probability, costs count with their quantiles
-    (see solvers.risk), also in the answer; `problem` has no constraints for that. Raises
-    InvalidInputError for a solution without an allocation.
+    which is the solution itself where it is OPTIMAL in that score. Every allocation in the
+    answer is solved for, exactly; what is not proven within `time_limit_s` (for all of it) is
+    the best found and says so. Where the solution's budgets hold with a probability, costs count
+    with their quantiles (see solvers.risk), also in the answer; `problem` has no constraints for
+    that. Raises InvalidInputError for a solution without an allocation.
     """
     if solution.allocation is None:
         raise InvalidInputError(
@@ -42,7 +43,7 @@ def shadow_prices(
     limits = problem.limits()
     questions = Questions(problem=problem, number=1 + 5 * len(limits), seconds=time_limit_s)
     known = solution.allocation.choice(problem.cells)
-    if solution.status is Status.OPTIMAL:
+    if solution.status is Status.OPTIMAL and score_of(solution.solver) is Problem.score:
         optimum = alternative(problem, known, proven=True)
     else:
         optimum = questions.best(problem.budgets)

@@ -228,6 +228,14 @@ def test_a_solution_that_is_not_optimal_is_told_about_the_optimum() -> None:
     assert shadow_prices(problem.with_budgets(()), chosen) == shadow_prices(problem, best)
 
 
+def test_an_optimum_of_another_score_is_told_about_the_additive_one() -> None:
+    problem = drawn(5, 4)
+    other = solve(problem.with_budgets([Budget(b.cost, 0.97 * b.limit) for b in problem.budgets]))
+    pairs = replace(other, budgets=problem.budgets, solver="pairs")
+    assert pairs.status is Status.OPTIMAL
+    assert shadow_prices(problem, pairs) == shadow_prices(problem, solve(problem))
+
+
 def test_what_has_no_allocation_has_no_prices() -> None:
     problem = made([[1]], {"memory": [[2]]}, {"memory": 1})
     with pytest.raises(InvalidInputError, match="a solution that is infeasible"):
