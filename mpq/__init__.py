@@ -21,8 +21,10 @@ from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
 from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
+from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
 from mpq.core.referee import MetricVerdict, RefereeReport
+from mpq.core.shadow import Alternative, ShadowPrice, ShadowPrices
 from mpq.core.stability import Stability
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
@@ -32,20 +34,28 @@ if TYPE_CHECKING:
     from mpq.result import SearchResult
     from mpq.store.store import open_store
     from solvers import solve
+    from solvers.least_cost import least_cost
+    from solvers.several import apart, together
+    from solvers.shadow import shadow_prices
 
 __version__ = "0.1.0"
 
 _LATER = {
     "SearchResult": "mpq.result",
+    "apart": "solvers.several",
     "compare_metrics": "mpq.referee.compare",
+    "least_cost": "solvers.least_cost",
     "open_store": "mpq.store.store",
     "run_job": "mpq.pipeline",
     "search": "mpq.pipeline",
+    "shadow_prices": "solvers.shadow",
     "solve": "solvers",
+    "together": "solvers.several",
 }
 
 __all__ = [
     "Allocation",
+    "Alternative",
     "Budget",
     "Cells",
     "Chain",
@@ -59,6 +69,7 @@ __all__ = [
     "JobSpec",
     "Layer",
     "LayerGraph",
+    "LeastCost",
     "MetricVerdict",
     "MpqError",
     "Problem",
@@ -69,19 +80,25 @@ __all__ = [
     "Scheme",
     "SearchResult",
     "SensitivityTable",
+    "ShadowPrice",
+    "ShadowPrices",
     "Solution",
     "Stability",
     "Status",
     "StorageError",
     "Surface",
     "Unit",
+    "apart",
     "compare_metrics",
+    "least_cost",
     "open_store",
     "parse_format",
     "parse_scheme",
     "run_job",
     "search",
+    "shadow_prices",
     "solve",
+    "together",
 ]
 
 

@@ -45,6 +45,24 @@ class Additivity:
     matrix: Floats | None
     pairs: tuple[Pair, ...]
 
+    def told(self) -> list[str]:
+        """Return what the parts add up to, and the pairs that matter most, one a line."""
+        lines = [
+            f"the scores of {self.metric} are not in units of the divergence"
+            if self.parts is None
+            else f"sum of parts {self.parts:.5g}"
+        ]
+        if self.with_pairs is not None:
+            lines.append(f"with pairs {self.with_pairs:.5g}")
+        if self.measured is not None:
+            lines.append(f"measured {self.measured:.5g} ± {self.stderr:.2g}")
+        pairs = [
+            f"  {'reinforce' if pair.effect > 0 else 'cancel'} {pair.effect:+.2e}: "
+            f"{pair.first} and {pair.second}"
+            for pair in self.pairs
+        ]
+        return [", ".join(lines), *pairs]
+
 
 def additivity(
     problem: Problem, allocation: Allocation, evaluations: Sequence[Evaluation], strongest: int = 10

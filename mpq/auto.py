@@ -154,7 +154,7 @@ def optimum(
     problem = Problem(sensitivity=table.clamped(), costs=costs, budgets=tuple(budgets))
     solution = solve(problem, "ilp", risk)
     if solution.infeasibility is not None:
-        raise InfeasibleError("infeasible", solution.infeasibility.message)
+        raise InfeasibleError("infeasible", solution.infeasibility.told)
     if solution.allocation is None:
         raise RunFailedError("solver", "solver 'ilp' found no allocation in its time")
     return solution.allocation

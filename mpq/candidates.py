@@ -56,7 +56,7 @@ def propose(
         named = _solver(one) if isinstance(one, str) else one
         name, solution = named.name, named.solve(problem)
         if solution.infeasibility is not None:
-            raise InfeasibleError("infeasible", solution.infeasibility.message)
+            raise InfeasibleError("infeasible", solution.infeasibility.told)
         if solution.allocation is None:
             raise RunFailedError("solver", f"solver {name!r} found no allocation in its time")
         solved["additive" if name == "ilp" else name] = solution

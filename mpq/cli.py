@@ -128,6 +128,13 @@ def solve_again(
         list[str] | None,
         typer.Option(help="Fix a layer, unit or pattern: NAME=SCHEME."),
     ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option(help="Minimise this cost for a --score; NAME=WEIGHT of several to add."),
+    ] = None,
+    score: Annotated[
+        float | None, typer.Option(help="Predicted loss at most, with --least.")
+    ] = None,
     solver: str = "auto",
     risk: Annotated[
         float | None,
@@ -141,10 +148,10 @@ def solve_again(
 ) -> None:
     """Choose again from stored scores for other budgets; loads no model and no torch."""
     from mpq.core.jobs import RunState
-    from mpq.result import parse_pins, resolve_pins, solve_stored
+    from mpq.result import parse_pins, parse_weights, resolve_pins, stated
     from mpq.store.store import open_store
-    from mpq.terminal import print_solution
-    from solvers import USE_PAIRS
+    from mpq.terminal import print_least, print_solution
+    from solvers import USE_PAIRS, solve
 
     texts = list(budget or [])
     texts += [f"{name} <= {v}" for name, v in (("memory", memory), ("latency", latency)) if v]
@@ -154,10 +161,17 @@ def solve_again(
         graph = store.graph(run_id)
         pins = resolve_pins(graph, parse_pins(pin or []))
         spec = store.run(run_id).spec
-        budgets = texts or list(spec.budgets)
         risk = spec.risk if risk is None else risk
-        solution = solve_stored(problem, budgets, pins, solver, risk)
-        print_solution(graph, problem, solution, as_json)
+        asked = stated(problem, texts or list(spec.budgets), pins)
+        weights = parse_weights(least or [], score)
+        if weights and score is not None:
+            from solvers.least_cost import least_cost
+            from solvers.risk import at_risk
+
+            found = least_cost(at_risk(asked, risk, weights), weights, score)
+            print_least(graph, asked, found, as_json)
+        else:
+            print_solution(graph, asked, solve(asked, solver, risk), as_json)
 
 
 @app.command("frontier", rich_help_panel="Inspect")

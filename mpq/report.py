@@ -43,6 +43,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         record=record,
         solution=result.solution,
         budgets=_budget_rows(result.problem, result.solution),
+        prices=result.shadow_prices(),
         divergence=DIVERGENCE_NAMES[result.evaluation[0].divergence],
         evaluations=[(e, _fits(result, e)) for e in in_order(without_trials(result.evaluation))],
         graph=result.graph,

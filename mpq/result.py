@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq.additivity import Additivity, additivity
+from mpq.core.budgets import Budget, resolved
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
+from mpq.core.least_cost import LeastCost
 from mpq.core.patterns import matching
-from mpq.core.problem import Allocation, Budget, BudgetText, Problem, Solution
+from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
 from mpq.stability import stability, usual_draws
 from mpq.store.store import Store
@@ -29,14 +32,14 @@ KEPT_POINTS = 25
 KEPT_GRID = (12, 12)
 
 
-def resolve_budgets(problem: Problem, budgets: Sequence[str | Budget]) -> Problem:
-    """Return the problem under budgets given as texts or records."""
-    if isinstance(budgets, str | Budget):
-        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
-    resolved = [
-        b if isinstance(b, Budget) else BudgetText.parse(b).resolve(problem.costs) for b in budgets
-    ]
-    return problem.with_budgets(resolved)
+def stated(
+    problem: Problem,
+    budgets: Sequence[str | Budget],
+    pins: Mapping[UnitName, Scheme] | None = None,
+) -> Problem:
+    """Return stored tables as a problem with these budgets and pinned units."""
+    allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
+    return problem.with_budgets(resolved(budgets, problem.costs)).pinned(allowed)
 
 
 def solve_stored(
@@ -47,8 +50,7 @@ def solve_stored(
     risk: float | None = None,
 ) -> Solution:
     """Solve stored tables again for other budgets or pinned units; no model, no torch."""
-    allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
-    return solve(resolve_budgets(problem, budgets).pinned(allowed), solver, risk)
+    return solve(stated(problem, budgets, pins), solver, risk)
 
 
 def resolve_pins(
@@ -90,6 +92,24 @@ def parse_pins(texts: Sequence[str]) -> dict[str, str]:
         if not equals or not unit or not scheme:
             raise InvalidInputError("pin", f"a pin is written NAME=SCHEME, got {text!r}")
     return {unit: scheme for unit, _, scheme in pairs}
+
+
+def parse_weights(texts: Sequence[str], score: float | None) -> dict[str, float]:
+    """Read "name" or "name=weight" of the costs to minimise as the command line gives them."""
+    if bool(texts) != (score is not None):
+        raise InvalidInputError(
+            "least", "--least and --score go together: --least memory --score 0.01"
+        )
+    weights = {}
+    for text in texts:
+        name, equals, weight = text.partition("=")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise InvalidInputError(
+                "weights", f"what to minimise is written NAME or NAME=WEIGHT, got {text!r}"
+            ) from None
+    return weights
 
 
 class SearchResult:
@@ -189,6 +209,33 @@ class SearchResult:
         from solvers.chain import chain
 
         return chain(self.problem, cost)
+
+    def shadow_prices(self) -> ShadowPrices:
+        """Return what each budget is worth at the proven optimum of the additive score."""
+        from solvers.shadow import shadow_prices
+
+        return shadow_prices(self.problem, self.solution)
+
+    def least(
+        self,
+        of: str | Mapping[str, float] = "memory",
+        *,
+        score: float,
+        budgets: Sequence[str | Budget] | None = None,
+        pin: Mapping[str, str | Scheme] | None = None,
+        risk: float | None = None,
+    ) -> LeastCost:
+        """Return the least of a cost, or weighted sum of costs, with this predicted loss or less.
+
+        The run's other budgets are kept unless `budgets` replaces them, and hold with probability
+        `risk` (None: that of the search).
+        """
+        from solvers.least_cost import least_cost
+
+        kept = self.solution.budgets if budgets is None else budgets
+        problem = stated(self.problem, kept, resolve_pins(self.graph, pin))
+        free = [of] if isinstance(of, str) else list(of)
+        return least_cost(at_risk(problem, self.risk if risk is None else risk, free), of, score)
 
     def additivity(self) -> Additivity:
         """Return whether the parts of the chosen allocation add up: alone, in pairs, measured."""

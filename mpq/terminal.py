@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpq.additivity import Additivity, additivity
+from mpq.additivity import additivity
+from mpq.core.budgets import Budget
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
+from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
+from mpq.core.risk import quantile
 from mpq.referee.ranks import LEAST_PAIRS
 from mpq.result import SearchResult
 from mpq.stability import stability_lines, stability_view, usual_draws
 from mpq.store.store import Store
+from mpq.worth import worth_lines, worth_view
 
 
 def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
@@ -46,9 +50,9 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     console.print(_budget_table(problem, result.solution))
     told = without_trials(result.evaluation)
     console.print(_measured_table(result.asked(), told))
-    for line in _additivity_lines(additivity(problem, allocation, told, strongest=3)):
-        console.print(Text(line))
-    for line in stability_lines(view["stability"]):
+    lines = worth_lines(problem, result.solution)
+    lines += additivity(problem, allocation, told, strongest=3).told()
+    for line in [*lines, *stability_lines(view["stability"])]:
         console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
@@ -72,6 +76,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
+        "shadow_prices": None if result is None else worth_view(result.problem, result.solution),
         "additivity": None if result is None else _additivity_view(result),
         "stability": None if stability is None else stability_view(stability),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
@@ -110,15 +115,38 @@ def solution_view(solution: Solution) -> dict[str, Any]:
 def print_solution(
     graph: LayerGraph, problem: Problem, solution: Solution, as_json: bool = False
 ) -> None:
-    """Print a solution; raises InfeasibleError where there is none."""
+    """Print a solution of `problem`; raises InfeasibleError where there is none."""
     if solution.infeasibility is not None:
-        raise InfeasibleError("infeasible", solution.infeasibility.message)
+        raise InfeasibleError("infeasible", solution.infeasibility.told)
     if as_json:
-        print(json.dumps(solution_view(solution), indent=2))
+        view = solution_view(solution) | {"shadow_prices": worth_view(problem, solution)}
+        print(json.dumps(view, indent=2))
         return
     console = _console()
     console.print(_units_table(graph, problem, solution.allocation))
     console.print(_budget_table(problem, solution))
+    for line in worth_lines(problem, solution):
+        console.print(Text(line))
+
+
+def print_least(
+    graph: LayerGraph, problem: Problem, found: LeastCost, as_json: bool = False
+) -> None:
+    """Print the least cost of a score and the allocation that has it."""
+    if as_json:
+        limits = {budget.cost: budget.limit for budget in found.budgets}
+        view = asdict(replace(found, budgets=())) | {"budgets": limits}
+        print(json.dumps(view | {"allocation": found.allocation.text()}, indent=2))
+        return
+    console = _console()
+    console.print(_units_table(graph, problem, found.allocation))
+    table = _cost_table(problem, found.allocation, found.budgets, None)
+    least = " + ".join(f"{'' if w == 1 else f'{w:g} '}{name}" for name, w in found.weights.items())
+    table.caption = (
+        f"least {least} of score {found.score:.4g} <= {found.score_limit:.4g}, "
+        f"gap {found.gap:.2g}, {found.seconds:.3f} s"
+    )
+    console.print(table)
 
 
 def print_frontier(problem: Problem, found: Frontier, as_json: bool = False) -> None:
@@ -267,25 +295,6 @@ def _referee_view(report: RefereeReport) -> dict[str, Any]:
     return view
 
 
-def _additivity_lines(found: Additivity) -> list[str]:
-    """Return what the parts add up to, and the pairs that matter most, one a line."""
-    told = [
-        f"the scores of {found.metric} are not in units of the divergence"
-        if found.parts is None
-        else f"sum of parts {found.parts:.5g}"
-    ]
-    if found.with_pairs is not None:
-        told.append(f"with pairs {found.with_pairs:.5g}")
-    if found.measured is not None:
-        told.append(f"measured {found.measured:.5g} ± {found.stderr:.2g}")
-    pairs = [
-        f"  {'reinforce' if pair.effect > 0 else 'cancel'} {pair.effect:+.2e}: "
-        f"{pair.first} and {pair.second}"
-        for pair in found.pairs
-    ]
-    return [", ".join(told), *pairs]
-
-
 def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
@@ -335,24 +344,30 @@ def _units_table(graph: LayerGraph, problem: Problem, allocation: Allocation | N
 
 
 def _budget_table(problem: Problem, solution: Solution) -> Table:
+    assert solution.allocation is not None
+    table = _cost_table(problem, solution.allocation, solution.budgets, solution.risk)
+    proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
+    table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
+    return table
+
+
+def _cost_table(
+    problem: Problem, allocation: Allocation, budgets: Sequence[Budget], risk: float | None
+) -> Table:
     table = Table("cost", box=None, header_style="bold")
-    at_risk = () if solution.risk is None else (f"{100 * solution.risk:g} % quantile",)
+    at_risk = () if risk is None else (f"{100 * risk:g} % quantile",)
     for column in ("total", *at_risk, "budget", "unquantized", "share"):
         table.add_column(column, justify="right")
-    limits = {budget.cost: budget.limit for budget in solution.budgets}
-    assert solution.allocation is not None
-    choice = solution.allocation.choice(problem.cells)
-    quantiles = solution.quantiles
+    limits = {budget.cost: budget.limit for budget in budgets}
+    choice = allocation.choice(problem.cells)
     for name, cost in problem.costs.items():
-        total = (solution.totals or {})[name]
+        total = problem.total(name, choice)
         limit = quantity(limits[name], cost.unit) if name in limits else "-"
         whole = quantity(cost.baseline, cost.unit) if cost.baseline > 0 else "-"
         share = f"{total / cost.baseline:.1%}" if cost.baseline > 0 else "-"
         chosen = with_error(total, cost.half_width(choice), cost.unit)
-        upper = () if quantiles is None else (quantity(quantiles[name], cost.unit),)
+        upper = () if risk is None else (quantity(quantile(cost, choice, risk), cost.unit),)
         table.add_row(name, chosen, *upper, limit, whole, share)
-    proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
-    table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
     return table
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpq.core.problem import Budget, Infeasibility, Problem
-from mpq.core.quantities import quantity
+from mpq.core.budgets import Budget, BudgetText
+from mpq.core.errors import InvalidInputError
+from mpq.core.problem import Conflict, Infeasibility, Problem
+from mpq.core.quantities import percent, quantity
+from solvers.conflict import in_conflict, irreducible, raised_together
 from solvers.exact import Minimise, minimise
 from solvers.knapsack import cheapest
 
@@ -19,14 +22,19 @@ _CHEAPER = {"bytes": "smaller", "s": "faster"}
 def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -> Infeasibility:
     """Find the smallest reachable value of each budgeted cost, alone and beside the others.
 
-    For a problem in which nothing fits. `time_limit_s` bounds each of the integer programs; a
-    value that is not proven smallest in that time is still reachable.
+    For a problem in which nothing fits. Also which of its conditions cannot be met together, and
+    by what common factor the budgets among them have to be raised. `time_limit_s` bounds each
+    of the integer programs; a value that is not proven smallest in that time is still reachable.
     """
     limits = problem.limits()
     if problem.constraints or problem.forbidden:
         free = by(problem, np.zeros(len(problem.cells)), [], time_limit_s=time_limit_s)
         if free.choice is None:
-            return Infeasibility(names=(), smallest={}, relaxed={}, message=_conflict(problem))
+            conflict = irreducible(problem, [], by, time_limit_s)
+            message = _conflict(problem, conflict)
+            return Infeasibility(
+                names=(), smallest={}, relaxed={}, message=message, conflict=conflict
+            )
     smallest = {}
     for cost in limits:
         least = by(problem, problem.costs[cost].values, [], time_limit_s=time_limit_s)
@@ -46,15 +54,34 @@ def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -
         names, message = joint, told.together(joint, relaxed)
     else:
         names, message = list(limits), told.several(smallest)
-    return Infeasibility(names=tuple(names), smallest=smallest, relaxed=relaxed, message=message)
+    conflicts = in_conflict(problem, by, time_limit_s)
+    blamed = [cost for conflict in conflicts for cost in conflict.budgets]
+    raised = raised_together(problem, blamed)
+    raised_by = max((raised[cost] / limits[cost] - 1 for cost in raised), default=None)
+    return Infeasibility(
+        names=tuple(names),
+        smallest=smallest,
+        relaxed=relaxed,
+        message=message,
+        conflict=conflicts[0] if conflicts else Conflict(),
+        raised=raised,
+        raised_by=raised_by,
+        advice=told.advice(conflicts, raised, raised_by),
+    )
 
 
-def _conflict(problem: Problem) -> str:
-    named = [repr(row.name) for row in problem.constraints]
-    pairs = len(problem.forbidden)
+def _conflict(problem: Problem, conflict: Conflict) -> str:
+    end = "drop one of them" if len(conflict) > 1 else "drop that"
+    return f"no allocation meets {_conditions(problem, conflict)}, whatever the budgets: {end}"
+
+
+def _conditions(problem: Problem, conflict: Conflict) -> str:
+    """Return the constraints and forbidden pairs of a conflict as text."""
+    named = [repr(name) for name in conflict.constraints]
+    pairs = len(problem.forbidden) if conflict.forbidden else 0
     parts = [f"constraint{'s' if len(named) > 1 else ''} {_listed(named)}"] if named else []
     parts += [f"{pairs} forbidden pair{'s' if pairs > 1 else ''}"] if pairs else []
-    return f"no allocation meets {' and '.join(parts)}, whatever the budgets: drop one of them"
+    return " and ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +121,17 @@ class _Told:
             f"one of them is dropped; each alone needs {_listed(needs)}; raise at least two"
         )
 
+    def advice(
+        self, conflicts: list[Conflict], raised: Mapping[str, float], raised_by: float | None
+    ) -> str:
+        """Return what else is in the way, and what is enough for several budgets at once."""
+        beside = dict.fromkeys(filter(None, (_conditions(self.problem, c) for c in conflicts)))
+        parts = [f"in the way as well: {_listed(list(beside))}"] if beside else []
+        if len(raised) > 1 and raised_by is not None:
+            limits = [f"{name} <= {self.texts(name, need)[1]}" for name, need in raised.items()]
+            parts.append(f"enough together: {_listed(limits)} ({percent(raised_by)} more)")
+        return "; ".join(parts)
+
     def texts(self, name: str, need: float) -> tuple[str, str]:
         """Return "memory <= 10.0 MB" and "11.7 MB"; the two amounts never print equal.
 
@@ -111,7 +149,18 @@ class _Told:
         )
         relative = any(word in written for word in ("%", "bpw", "uniform"))
         text = f"{written.strip()} ({amount})" if relative else f"{name} <= {amount}"
-        return text, quantity(need, unit, digits=digits, up=True)
+        enough = quantity(need, unit, digits=digits, up=True)
+        if self._typed(name, enough) < need:  # 4.1 times 1e-3 is less than 4.1e-3
+            enough = quantity(math.nextafter(need, math.inf), unit, digits=digits, up=True)
+        return text, enough
+
+    def _typed(self, name: str, amount: str) -> float:
+        """Return the limit that a budget of this amount has, infinity where it cannot be typed."""
+        try:
+            text = BudgetText.parse(f"{name} <= {amount}")
+            return text.resolve(self.problem.costs).limit
+        except InvalidInputError:
+            return math.inf
 
     def reached_by(self, name: str) -> str:
         """Return which allocation has the smallest total of a cost."""

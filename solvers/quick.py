@@ -37,6 +37,7 @@ def minimise_quickly(
     time_limit_s: float,
     gap: float = 0.0,
     effort: int = 0,
+    known: Indices | None = None,
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
@@ -52,7 +53,7 @@ def minimise_quickly(
     rows = asked.rows()
     if len(rows) > MOST_ROWS:
         return minimise(problem, values, budgets, time_limit_s=time_limit_s, gap=gap)
-    least = _Search(asked, values, rows, deadline, gap).run(effort)
+    least = _Search(asked, values, rows, deadline, gap).run(effort, known)
     if least.choice is None or problem.allows(least.choice):
         return least
     left = deadline - time.monotonic()
@@ -74,7 +75,7 @@ class _Search:
         self.best = Best(values=values, rows=rows)
         self.lower = -math.inf
 
-    def run(self, effort: int) -> Least:
+    def run(self, effort: int, known: Indices | None) -> Least:
         for row in self.rows:
             if smallest_total(row) > row.limit:
                 return Least(choice=None, bound=math.inf, proven=True)
@@ -97,11 +98,15 @@ class _Search:
         if dual is None:
             return Least(choice=None, bound=math.inf, proven=True)
         self.lower = knapsack.base + max(0.0, dual.bound)
+        if known is not None:
+            self.best.offer(knapsack, np.searchsorted(knapsack.cells, known))
         if len(knapsack.cells) <= _REPAIRABLE:
             self.best.offer(knapsack, repair(knapsack, dual.least, steps=_REPAIRS))
         for most_nodes in (_FIRST_NODES, _MOST_NODES):
             if self._deepen(knapsack, limits, dual, effort, most_nodes):
                 return self._answer(proven=True)
+            if self.best.choice is not None and time.monotonic() > self.deadline:
+                return self._answer(proven=False)
             if not self._close() and len(knapsack.cells) <= _REPAIRABLE:
                 self._polish(knapsack, dual)
             if self._close():

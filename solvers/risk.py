@@ -79,11 +79,20 @@ def with_quantiles(problem: Problem, solution: Solution, risk: float | None) -> 
     return replace(solution, risk=risk, quantiles=quantiles)
 
 
-def _explained(problem: Problem, risk: float) -> Infeasibility:
-    """Find what can be reached when each cost counts with its quantile."""
+def by_quantiles(problem: Problem, risk: float | None) -> Problem:
+    """Return the problem in which each cost counts with its quantile; None: as it is."""
+    if risk is None:
+        return problem
     tables = problem.costs
     upper = {name: replace(t, values=upper_values(t, risk)) for name, t in tables.items()}
-    reason = explain(replace(problem, costs=upper), time_limit_s=_TIME_LIMIT_S)
+    return replace(problem, costs=upper)
+
+
+def _explained(problem: Problem, risk: float) -> Infeasibility:
+    """Find what can be reached when each cost counts with its quantile."""
+    tables, counted_so = problem.costs, by_quantiles(problem, risk)
+    upper = counted_so.costs
+    reason = explain(counted_so, time_limit_s=_TIME_LIMIT_S)
     nothing = np.zeros(len(problem.cells))
     free = minimise(problem, nothing, problem.budgets, time_limit_s=_TIME_LIMIT_S)
     moved = [n for n in problem.limits() if (upper[n].values > tables[n].values).any()]

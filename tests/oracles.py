@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -113,6 +114,34 @@ def brute_force_at_risk(problem: Problem, risk: float) -> float | None:
         if fits and (best is None or problem.score(choice) < best):
             best = problem.score(choice)
     return best
+
+
+class Enumerated:
+    """The score and totals of every allocation that keeps constraints and forbidden pairs."""
+
+    def __init__(self, problem: Problem) -> None:
+        bare = replace(problem, budgets=())
+        choices = [choice for choice in every_choice(bare) if bare.meets(choice)]
+        self.scores = np.array([problem.score(choice) for choice in choices])
+        self.totals = {
+            name: np.array([problem.total(name, choice) for choice in choices])
+            for name in problem.costs
+        }
+
+    def within(self, limits: Mapping[str, float]) -> np.ndarray:
+        fits = np.ones(len(self.scores), bool)
+        for name, limit in limits.items():
+            fits &= self.totals[name] <= limit
+        return fits
+
+    def best(self, limits: Mapping[str, float]) -> float | None:
+        """Return the least score within limits of totals, None where nothing fits."""
+        return min(self.scores[self.within(limits)], default=None)
+
+    def smallest(self, cost: str, limits: Mapping[str, float], below: float) -> float | None:
+        """Return the least total of a cost within limits and with a score strictly below."""
+        fits = self.within(limits) & (self.scores < below)
+        return min(self.totals[cost][fits], default=None)
 
 
 def fast_brute_force(problem: Problem) -> float | None:

@@ -10,7 +10,6 @@ from mpq.candidates import propose
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import Responses, SensitivityTable
-from mpq.terminal import _additivity_lines
 from tests.builders import cells, cost
 from tests.oracles import slow_interactions
 
@@ -70,7 +69,7 @@ def test_scores_in_other_units_are_no_parts_of_a_divergence() -> None:
     assert (found.metric, found.parts, found.measured) == ("taylor", None, 3.0)
     assert found.with_pairs is not None  # responses are in units of the divergence whatever scored
     assert found.pairs
-    first = _additivity_lines(found)[0]
+    first = found.told()[0]
     assert first.startswith("the scores of taylor are not in units of the divergence, with pairs ")
 
 

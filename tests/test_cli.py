@@ -16,6 +16,8 @@ import pytest
 from mpq.core.layers import LayerGraph, Unit
 from mpq.core.problem import Allocation, Solution, Status
 from mpq.report import _budget_rows, _unit_rows
+from mpq.result import SearchResult
+from mpq.store.store import open_store
 from mpq.terminal import _budget_table, _units_table
 from tests.builders import cells, cost, problem
 
@@ -137,6 +139,50 @@ def test_solve_pins_a_unit(folder: Path) -> None:
     assert view["allocation"]["2"] == "int8"
 
 
+def test_what_budgets_are_worth_is_told(folder: Path) -> None:
+    shown = mpq(folder, "solve", "toy", "--memory", "30%").stdout
+    assert "memory: 8 % more (107.6 B) buys " in " ".join(shown.split())
+    view = json.loads(mpq(folder, "solve", "toy", "--memory", "30%", "--json").stdout)
+    (worth,) = view["shadow_prices"]
+    assert worth["binds"] is True
+    assert worth["optimum"]["score"] == view["score"]
+    assert worth["raised"]["totals"]["memory"] <= worth["raised_limit"]
+    assert set(worth["better"]["allocation"]) == {"0", "2"}
+    assert "memory: more than this budget" in mpq(folder, "show", "toy").stdout
+    assert "Memory: more than this budget" in (folder / "page.html").read_text()
+    (stored,) = json.loads(mpq(folder, "show", "toy", "--json").stdout)["shadow_prices"]
+    assert stored["binds"] is False
+    pinned = mpq(folder, "solve", "toy", "--pin", "2=int2", "--memory", "40%", "--json")
+    for part in ("optimum", "without", "cheaper"):
+        (worth,) = json.loads(pinned.stdout)["shadow_prices"]
+        assert worth[part]["allocation"]["2"] == "int2"
+
+
+def test_the_least_memory_of_a_score(folder: Path) -> None:
+    view = json.loads(
+        mpq(folder, "solve", "toy", "--least", "memory", "--score", "1e-4", "--json").stdout
+    )
+    assert view["score"] <= view["score_limit"] == 1e-4
+    assert view["value"] == view["bound"] == view["totals"]["memory"]
+    assert set(view["allocation"]) == {"0", "2"}
+    options = ("--least", "memory", "--least", "bops=0.1", "--score", "1e-4")
+    shown = mpq(folder, "solve", "toy", *options).stdout
+    assert "least memory + 0.1 bops" in " ".join(shown.split())
+
+
+def test_a_result_answers_the_same_questions(folder: Path) -> None:
+    with open_store(str(folder / "runs.db")) as store:
+        result = SearchResult(store, store.resolve_run("toy"))
+        (worth,) = result.shadow_prices().budgets
+        assert worth.binds is False
+        found = result.least("memory", score=1e-4)
+        assert found.score <= 1e-4
+        assert found.value == found.totals["memory"] == 126.0
+        pinned = result.least("memory", score=1.0, budgets=["bops <= 25%"], pin={"2": "int8"})
+        assert {b.cost for b in pinned.budgets} == {"bops"}
+        assert str(pinned.allocation["2"]) == "int8"
+
+
 def test_measured_costs_carry_their_confidence_and_exact_ones_nothing() -> None:
     choices = cells(2, ("int4", "int8"))
     seconds = np.array([1e-3, 2e-3, 4e-3, 8e-3])
@@ -196,6 +242,10 @@ def test_the_page_is_written(folder: Path) -> None:
         (("solve", "toy", "--memory", "1 B"), 3, "smallest possible"),
         (("solve", "toy", "--pin", "2"), 2, "NAME=SCHEME"),
         (("solve", "toy", "--risk", "1.5"), 2, "from 0.5 up to below 1"),
+        (("solve", "toy", "--least", "memory", "--score", "1e-99"), 3, "smallest reachable"),
+        (("solve", "toy", "--least", "memory"), 2, "--least and --score go together"),
+        (("solve", "toy", "--least", "memory=x", "--score", "1"), 2, "NAME=WEIGHT"),
+        (("solve", "toy", "--least", "memori", "--score", "1"), 2, "did you mean 'memory'"),
         (("solve", "toy", "--pin", "9.*=int8"), 2, "matches no layer"),
         (("run", "job.toml", "--report", "no/such/page.html"), 2, "there is no folder no/such"),
         (("run", "job.toml", "--report", "."), 2, "it is a folder"),

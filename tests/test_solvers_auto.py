@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -26,6 +27,22 @@ from tests.test_solvers import drawn, made
 
 ROOT = Path(__file__).parents[1]
 Own = partial(Auto, few_cells=0)  # the compiled search, however small the problem
+
+
+@pytest.mark.parametrize("few_cells", [0, 2000])
+def test_a_cheaper_cell_of_equal_score_breaks_no_other_condition(few_cells: int) -> None:
+    """Cell 0 of each unit is as good as cell 1 and cheaper, but more than one must not be taken."""
+    problem = made([[1, 1]] * 3, {"memory": [[1, 2]] * 3}, {"memory": 9})
+    cells = problem.cells
+    first = {
+        (unit, schemes[0]): 1.0 for unit, schemes in zip(cells.units, cells.schemes, strict=True)
+    }
+    row = Constraint.from_cells("few", cells, first, 1.0)
+    solution = Own(few_cells=few_cells).solve(dataclasses.replace(problem, constraints=(row,)))
+    assert solution.totals == {"memory": 5.0}
+    pairs = tuple(itertools.combinations(first, 2))
+    solution = Own(few_cells=few_cells).solve(dataclasses.replace(problem, forbidden=pairs))
+    assert solution.totals == {"memory": 5.0}
 
 
 @pytest.mark.parametrize("tight", [0.05, 0.3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mpq.core.errors import InvalidInputError, unknown
@@ -132,3 +132,12 @@ class BudgetText:
         if not value > 0:
             raise InvalidInputError("budget", f"{self.text!r} needs {what} of cost {self.cost!r}")
         return value
+
+
+def resolved(budgets: Sequence[str | Budget], costs: Mapping[str, CostTable]) -> tuple[Budget, ...]:
+    """Return budgets given as texts or records; raises InvalidInputError naming what is wrong."""
+    if isinstance(budgets, str | Budget):
+        raise InvalidInputError("budgets", f"budgets is a list, got {budgets!r}: write [it]")
+    return tuple(
+        b if isinstance(b, Budget) else BudgetText.parse(b).resolve(costs) for b in budgets
+    )

@@ -13,6 +13,7 @@ from mpq.core.budgets import Budget, BudgetText, budget_text
 from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.infeasibility import Conflict, Infeasibility
 from mpq.core.layers import UnitName
 from mpq.core.sums import exact_sum
 from mpq.core.tables import Cell, Cells, CostTable, Indices, Responses, SensitivityTable
@@ -227,21 +228,6 @@ class Status(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Infeasibility:
-    """Why nothing fits: per budget its smallest reachable value, alone and beside the others.
-
-    `smallest[cost]` is reachable when only that budget counts; `relaxed[cost]` is the limit
-    that would be enough if the other budgets stay (None: not even without this budget).
-    `names` are the budgets that cannot be met.
-    """
-
-    names: tuple[str, ...]
-    smallest: Mapping[str, float]
-    relaxed: Mapping[str, float | None]
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """The answer of a solver; `bound` <= best possible score, gap = (score - bound) / score.
 
@@ -267,6 +253,7 @@ __all__ = [
     "Budget",
     "BudgetText",
     "Cell",
+    "Conflict",
     "Constraint",
     "Infeasibility",
     "Problem",

@@ -37,3 +37,15 @@ def with_error(value: float, half_width: float, unit: str) -> str:
     if half_width == 0:
         return quantity(value, unit)
     return f"{quantity(value, unit)} ± {quantity(half_width, unit, digits=2)}"
+
+
+def percent(share: float) -> str:
+    """Return "12 %" or "0.034 %", two significant digits of a share that is not negative."""
+    amount = 100 * share
+    return f"{amount:.0f} %" if amount >= 9.95 else f"{amount:.2g} %"
+
+
+def rounded_up(value: float, digits: int = 4) -> str:
+    """Return a number with so many significant digits, no smaller than it is."""
+    context = Context(prec=digits, rounding=ROUND_CEILING)
+    return f"{context.create_decimal(repr(float(value))).normalize():g}"
