@@ -58,7 +58,7 @@ class EnoughScores:
             sensitivity=scores.sensitivity.clamped(), costs=self.costs, budgets=self.budgets
         )
         problem = at_risk(problem, self.risk)
-        allocation = solve(problem, "ilp").allocation
+        allocation = solve(problem).allocation
         if allocation is None:
             return False  # whoever solves for good says why
         choice = allocation.choice(problem.cells)
@@ -70,7 +70,7 @@ class EnoughScores:
         failed = 0
         for values in drawn(scores, _DRAWS, self.seed):
             table = replace(scores.sensitivity, values=values)
-            best = solve(replace(problem, sensitivity=table), "ilp")
+            best = solve(replace(problem, sensitivity=table))
             lost = math.fsum(values[choice]) - best.score
             failed += not lost <= _SMALL_SHARE * abs(best.score)
             if failed > _MAY_FAIL:

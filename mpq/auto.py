@@ -152,11 +152,11 @@ def optimum(
 ) -> Allocation:
     """Return the allocation of least additive score; raises InfeasibleError where none fits."""
     problem = Problem(sensitivity=table.clamped(), costs=costs, budgets=tuple(budgets))
-    solution = solve(problem, "ilp", risk)
+    solution = solve(problem, risk=risk)
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.told)
     if solution.allocation is None:
-        raise RunFailedError("solver", "solver 'ilp' found no allocation in its time")
+        raise RunFailedError("solver", "solver 'auto' found no allocation in its time")
     return solution.allocation
 
 

@@ -49,7 +49,7 @@ def propose(
     InfeasibleError where no allocation meets the budgets, RunFailedError where a solver found
     none in its time.
     """
-    names = ["ilp", "pairs"] if problem.responses is not None else ["ilp"]
+    names = ["auto", "pairs"] if problem.responses is not None else ["auto"]
     asked = [solver] if solver != "auto" else names
     solved = {}
     for one in asked:
@@ -59,7 +59,7 @@ def propose(
             raise InfeasibleError("infeasible", solution.infeasibility.told)
         if solution.allocation is None:
             raise RunFailedError("solver", f"solver {name!r} found no allocation in its time")
-        solved["additive" if name == "ilp" else name] = solution
+        solved["additive" if name in ("auto", "ilp") else name] = solution
     # Of the solvers' bounds, those on the additive score.
     bound = max((s.bound for s in solved.values() if s.solver != "pairs"), default=-math.inf)
     uniform = {f"uniform {scheme}": a for scheme, a in problem.uniform().items()}

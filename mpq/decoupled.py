@@ -93,7 +93,7 @@ def decoupled(workers: Workers, problem: Problem, spec: JobSpec, run_id: str) ->
         f"{splits.tried} splits of {splits.cost} between {of_groups}: "
         f"{len(splits.allocations)} different allocations, {splits.infeasible} splits infeasible",
     )
-    joint = solve(joint_scores(problem, tables), "ilp").allocation
+    joint = solve(joint_scores(problem, tables)).allocation
     if joint is None:
         return splits
     return replace(splits, allocations={**splits.allocations, "qualities summed": joint})
@@ -197,14 +197,14 @@ def _within_shares(
     apart: dict[UnitName, Scheme] = {}
     for name, share in shares.items():
         own = _only(problem, share, groups[name])
-        solution = solve(own, "ilp")
+        solution = solve(own)
         if solution.allocation is None:
             return None
         apart |= solution.allocation
     together = Allocation({unit: apart[unit] for unit in problem.cells.units})
     if problem.fits(together):
         return together
-    return solve(problem.with_budgets([*problem.budgets, *shares.values()]), "ilp").allocation
+    return solve(problem.with_budgets([*problem.budgets, *shares.values()])).allocation
 
 
 def _only(problem: Problem, share: Budget, units: Sequence[UnitName]) -> Problem:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq.core.constraints import Constraint
-from mpq.core.errors import InfeasibleError, InvalidInputError, RunFailedError, unknown
+from mpq.core.errors import InfeasibleError, InvalidInputError, unknown
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Budget, Problem, Solution
 from mpq.core.protocols import Solver
 from solvers import get_solver
 from solvers.auto import Auto
 from solvers.check import finish
+from solvers.dp import pareto
 from solvers.exact import Minimise, minimise
 from solvers.infeasible import explain
 
@@ -34,10 +34,11 @@ def frontier(
     Limits run from the smallest that can be reached to the cost of the best allocation without
     a limit; a budget of the problem on `cost` itself is left out. Each solution's budgets hold
     its limit. Solutions that are not better than a cheaper one are removed. With `points` None
-    they are all allocations that nothing beats in cost and score at once, one of each kind,
-    proven by as many exact solutions (epsilon constraint; Haimes 1971).
+    they are all allocations that nothing beats in cost and score at once, one of each kind, by
+    the dynamic program of solver "dp".
     Raises InvalidInputError for an unknown cost or solver, no points, or more than 10,000 of
-    them; InfeasibleError where the other budgets alone cannot be met.
+    them (or of the sums on the way; with forbidden pairs also); InfeasibleError where the other
+    budgets alone cannot be met.
     """
     if cost not in problem.costs:
         raise unknown("cost", cost, problem.costs)
@@ -63,9 +64,9 @@ def smallest(problem: Problem, cost: str, by: Minimise) -> float:
     return problem.total(cost, least.choice)
 
 
-def _minimiser(problem: Problem, points: int | None) -> Minimise:
+def _minimiser(problem: Problem, points: int) -> Minimise:
     """Return what answers so many questions soonest: the compiled search has to be loaded."""
-    if len(problem.cells) * (points or 100) <= 25 * Auto().few_cells:
+    if len(problem.cells) * points <= 25 * Auto().few_cells:
         return minimise
     from solvers.quick import minimise_quickly
 
@@ -91,51 +92,30 @@ def _downwards(
 
 
 def _all(problem: Problem, cost: str) -> tuple[Solution, ...]:
-    """Return every solution that nothing beats, by solving below each one found."""
-    by = _minimiser(problem, None)
-    low = smallest(problem, cost, by)
-    found: list[Solution] = []
-    limit = math.inf
-    while limit >= low:
-        budgets = problem.budgets
-        if found:
-            budgets = (Budget(cost, max(limit, math.ulp(0.0))), *budgets)
-        if len(found) == _MOST_POINTS:
-            raise InvalidInputError(
-                "points",
-                f"more than {_MOST_POINTS} points lie on the frontier of {cost}: ask for a "
-                "number of evenly spaced ones",
-            )
-        solution = _least_then_cheapest(problem.with_budgets(budgets), cost, by)
-        found.append(solution)
-        limit = math.nextafter(_total(solution, cost), -math.inf)
-    first = Budget(cost, max(_total(found[0], cost), math.ulp(0.0)))
-    found[0] = replace(found[0], budgets=(first, *found[0].budgets))
-    return tuple(reversed(found))
-
-
-def _least_then_cheapest(problem: Problem, cost: str, by: Minimise) -> Solution:
-    """Return the solution of least score, and of those the one with the least total of a cost."""
+    """Return every solution that nothing beats."""
     start = time.monotonic()
-    scores = problem.sensitivity.values
-    least = by(problem, scores, problem.budgets, time_limit_s=_TIME_LIMIT_S)
-    choice = least.choice
-    if choice is not None and least.proven:
-        as_good = Constraint(
-            name="score",
-            cells=problem.cells,
-            coefficients=scores,
-            limit=problem.score(choice),
+    found = pareto(problem, cost)
+    if not len(found.costs):
+        reason = explain(problem, time_limit_s=_TIME_LIMIT_S)
+        raise InfeasibleError("infeasible", reason.message)
+    if len(found.costs) > _MOST_POINTS:
+        raise InvalidInputError(
+            "points",
+            f"{len(found.costs):,} points lie on the frontier of {cost}, more than the "
+            f"{_MOST_POINTS:,} that are told one by one: ask for a number of evenly spaced ones",
         )
-        equals = replace(problem, constraints=(*problem.constraints, as_good))
-        cheap = by(equals, problem.costs[cost].values, problem.budgets, time_limit_s=_TIME_LIMIT_S)
-        choice = cheap.choice if cheap.choice is not None and cheap.proven else None
-    if choice is None:
-        raise RunFailedError(
-            "solver", f"the frontier of {cost} could not be proven in {_TIME_LIMIT_S:g} s a point"
+    seconds = (time.monotonic() - start) / len(found.costs)
+    limits = [Budget(cost, max(total, math.ulp(0.0))) for total in found.costs.tolist()]
+    return tuple(
+        finish(
+            problem.with_budgets((limit, *problem.budgets)),
+            "dp",
+            choice,
+            proven=True,
+            seconds=seconds,
         )
-    seconds = time.monotonic() - start
-    return finish(problem, "auto", choice, proven=True, seconds=seconds)
+        for limit, choice in zip(limits, found.choices(), strict=True)
+    )
 
 
 def _improving(found: Iterable[Solution], cost: str) -> list[Solution]:

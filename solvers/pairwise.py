@@ -22,7 +22,7 @@ def responses_of(problem: Problem) -> Responses:
         raise InvalidInputError(
             "needs_responses",
             "solver 'pairs' needs the responses of the network to each cell, which metric "
-            f"{problem.sensitivity.metric!r} did not give: use solver 'ilp' or metric "
+            f"{problem.sensitivity.metric!r} did not give: use solver 'auto' or metric "
             "'gauss_newton'",
         )
     return problem.responses

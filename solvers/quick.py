@@ -152,7 +152,7 @@ class _Search:
                 knapsack=knapsack,
                 limits=limits,
                 threshold=threshold,
-                worth=max(threshold, dual.bound + 4 * depth),
+                worth=max(threshold, dual.bound + 16 * depth),
                 most_nodes=effort if self._close() else most_nodes,
                 deadline=self.deadline,
             )
