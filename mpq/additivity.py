@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,16 @@ class Additivity:
             for pair in self.pairs
         ]
         return [", ".join(lines), *pairs]
+
+    def view(self) -> dict[str, Any]:
+        """Return all but the matrix as plain data."""
+        return {
+            "parts": self.parts,
+            "with_pairs": self.with_pairs,
+            "measured": self.measured,
+            "stderr": self.stderr,
+            "pairs": [asdict(pair) for pair in self.pairs],
+        }
 
 
 def additivity(

@@ -77,21 +77,10 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
         "shadow_prices": None if result is None else worth_view(result.problem, result.solution),
-        "additivity": None if result is None else _additivity_view(result),
+        "additivity": None if result is None else result.additivity().view(),
         "stability": None if stability is None else stability_view(stability),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
         "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
-    }
-
-
-def _additivity_view(result: SearchResult) -> dict[str, Any]:
-    found = result.additivity()
-    return {
-        "parts": found.parts,
-        "with_pairs": found.with_pairs,
-        "measured": found.measured,
-        "stderr": found.stderr,
-        "pairs": [asdict(pair) for pair in found.pairs],
     }
 
 

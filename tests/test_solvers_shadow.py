@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Budget, Problem, Status
+from mpq.core.risk import upper_values
 from mpq.core.tables import CostTable
 from solvers import solve
 from solvers.questions import Questions, below
@@ -234,6 +235,20 @@ def test_an_optimum_of_another_score_is_told_about_the_additive_one() -> None:
     pairs = replace(other, budgets=problem.budgets, solver="pairs")
     assert pairs.status is Status.OPTIMAL
     assert shadow_prices(problem, pairs) == shadow_prices(problem, solve(problem))
+
+
+def test_budgets_that_hold_with_a_probability_count_with_quantiles() -> None:
+    problem = drawn(5, 4)
+    table = problem.costs["latency"]
+    unsure = replace(table, low=0.7 * table.values, high=1.3 * table.values)
+    problem = replace(problem, costs=dict(problem.costs) | {"latency": unsure})
+    solution = solve(problem, risk=0.95)
+    found = shadow_prices(problem, solution)
+    upper = replace(unsure, values=upper_values(unsure, 0.95))
+    surely = replace(problem, costs=dict(problem.costs) | {"latency": upper})
+    assert found == shadow_prices(surely, solve(surely))
+    assert found.optimum.score == solution.score > solve(problem).score
+    agrees(surely)
 
 
 def test_what_has_no_allocation_has_no_prices() -> None:
