@@ -32,6 +32,7 @@ from mpq.store.store import Store
 from solvers import get_solver
 from solvers.frontier import frontier
 from solvers.pairs import Pairs
+from solvers.risk import at_risk
 from solvers.trust import cross_validated
 
 OBJECTIVE = "minimised"  # the cost, or the weighted sum of costs, as a table of its own
@@ -134,11 +135,13 @@ class _Trials:
         choice = allocation.choice(self.problem.cells)
         own = [Budget(cost, self._limit(cost, choice), "least found") for cost in self.weights]
         problem = self.problem.with_budgets((*self.problem.budgets, *own))
-        fits = self.problem.meets(choice)
         solution = Solution(
             status=Status.FEASIBLE, solver=solver, budgets=problem.budgets, allocation=allocation
         )
-        bound = get_solver("auto").solve(problem).bound if fits else -math.inf
+        fits, bound = self.problem.meets(choice), -math.inf
+        if fits:
+            least = get_solver("auto").solve(at_risk(problem, self.risk))
+            bound = bound if least.allocation is None else least.bound
         return Proposal(
             name=name,
             solution=additively(problem, solution, bound),
