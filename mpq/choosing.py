@@ -35,7 +35,7 @@ def choose(
     Everything measured is kept with the run before the choice, so that a limit that nobody meets
     loses nothing.
     """
-    as_candidate = partial(_on_calibration, with_metrics=with_metrics)
+    as_candidate = partial(on_calibration, with_metrics=with_metrics)
     evaluations = measured([as_candidate(proposal) for proposal in proposals])
     criterion = _criterion(spec, proposals, evaluations)
     if spec.solver == "auto" and spec.refine:
@@ -60,21 +60,33 @@ def choose(
         for proposal, evaluation in steps:
             proposals.append(proposal)
             evaluations[proposal.name] = evaluation
+    chosen = keep_best(proposals, evaluations, criterion, store, run_id)
+    fitting = [proposal.name for proposal in proposals if proposal.fits]
+    by = f" by {' + '.join(criterion.scales)}" if criterion.scales else ""
+    store.log(
+        run_id, "chosen", f"{chosen.name} measured best on calibration{by} of {', '.join(fitting)}"
+    )
+    return chosen, criterion
+
+
+def keep_best(
+    proposals: Sequence[Proposal],
+    evaluations: Mapping[str, Evaluation],
+    criterion: Criterion,
+    store: Store,
+    run_id: str,
+) -> Proposal:
+    """Return the best proposal, after keeping the solutions of all that fit with the run."""
     for proposal in proposals:
         if proposal.fits:
             store.put_solution(run_id, proposal.name, proposal.solution)
     chosen = best(proposals, evaluations, criterion)
     store.put_solution(run_id, CHOSEN, chosen.solution)
     store.put_evaluation(run_id, replace(evaluations[chosen.name], candidate=CHOSEN))
-    fitting = [proposal.name for proposal in proposals if proposal.fits]
-    by = f" by {' + '.join(criterion.scales)}" if criterion.scales else ""
-    store.log(
-        run_id, "chosen", f"{chosen.name} measured best on calibration{by} of {', '.join(fitting)}"
-    )
     for limit in criterion.limits:
         value = evaluations[chosen.name].metrics[limit.metric]
         store.log(run_id, "limit", f"{limit}: {chosen.name} has {value:.6g}")
-    return chosen, criterion
+    return chosen
 
 
 def _criterion(
@@ -86,7 +98,8 @@ def _criterion(
     return Criterion.of(spec.quality, limits, uniform, fitting)
 
 
-def _on_calibration(proposal: Proposal, with_metrics: bool) -> Candidate:
+def on_calibration(proposal: Proposal, with_metrics: bool) -> Candidate:
+    """Return what is measured of a proposal before the choice."""
     return Candidate(
         name=proposal.name,
         split="calibration",

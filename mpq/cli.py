@@ -147,6 +147,7 @@ def solve_again(
     as_json: AsJson = False,
 ) -> None:
     """Choose again from stored scores for other budgets; loads no model and no torch."""
+    from mpq.core.evaluation import CHOSEN
     from mpq.core.jobs import RunState
     from mpq.result import parse_pins, parse_weights, resolve_pins, stated
     from mpq.store.store import open_store
@@ -160,9 +161,9 @@ def solve_again(
         problem = store.problem(run_id, with_responses=solver in USE_PAIRS)
         graph = store.graph(run_id)
         pins = resolve_pins(graph, parse_pins(pin or []))
-        spec = store.run(run_id).spec
+        spec, solutions = store.run(run_id).spec, dict(store.solutions(run_id))
         risk = spec.risk if risk is None else risk
-        asked = stated(problem, texts or list(spec.budgets), pins)
+        asked = stated(problem, texts or solutions[CHOSEN].budgets, pins)
         weights = parse_weights(least or [], score)
         if weights and score is not None:
             from solvers.least_cost import least_cost

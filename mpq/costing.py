@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hw_cost_models import get_cost_model
+from hw_cost_models import COST_MODELS, get_cost_model
 from hw_cost_models.measured.capability import default_schemes, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from mpq.choices import parse_schemes
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Format, PerGroup, Scheme, parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
@@ -33,7 +33,8 @@ _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines o
 class Hardware:
     """This machine: the schemes its kernels run and the time they take.
 
-    Under a latency budget a scheme without a real kernel is not offered to a layer, and
+    Raises InvalidInputError for a cost to minimise that is unknown. Where latency is budgeted or
+    minimised a scheme without a real kernel is not offered to a layer, and
     `left_out` says why; without one every scheme that can be stored is offered.
     """
 
@@ -41,7 +42,11 @@ class Hardware:
         self, spec: JobSpec, budgets: Sequence[BudgetText], store: Store, progress: Progress
     ) -> None:
         self.device = device_fingerprint(_NUM_THREADS)
-        self.times_matter = any(budget.cost == "latency" for budget in budgets)
+        for cost in spec.minimised:
+            if cost not in COST_MODELS:
+                raise unknown("cost", cost, COST_MODELS)
+        of_time = [*spec.minimised, *(budget.cost for budget in budgets)]
+        self.times_matter = "latency" in of_time
         self.left_out: list[str] = []
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import Evaluation
 from mpq.core.limits import Limit
+from mpq.core.problem import Allocation
 
 _ZERO = 1e-12  # a scale below this is taken as this: equal outputs stay better than any others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
-    """Least divergence or, with quality functions, the least sum of normalised degradations.
+    """Least divergence; with quality functions the least sum of degradations; or least cost.
 
-    Without `scales` the value of a candidate is its mean divergence. With them it is the sum
-    over qualities of the degradation divided by the quality's scale: the least degradation that
-    a uniform scheme within the budgets has. So every quality counts alike whatever its unit,
-    and as uniform schemes are candidates, what is chosen is never worse than the best of them.
+    With a `cost` the value of a candidate is that of its allocation. Else, without `scales`, it is
+    the mean divergence. With them it is the sum over qualities of the degradation divided by the
+    quality's scale: the least degradation that a uniform scheme within the budgets has. So every
+    quality counts alike whatever its unit, and as uniform schemes are candidates, what is chosen
+    is never worse than the best of them.
     """
 
     scales: Mapping[str, float] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    cost: Callable[[Allocation], float] | None = None
 
     @classmethod
     def of(
@@ -44,6 +47,8 @@ class Criterion:
 
     def value(self, evaluation: Evaluation) -> float:
         """Return what is minimised; NaN and infinity where an output is not finite."""
+        if self.cost is not None:
+            return self.cost(evaluation.allocation) if math.isfinite(evaluation.mean) else math.inf
         if not self.scales:
             return evaluation.mean
         return sum(evaluation.metrics[name] / scale for name, scale in self.scales.items())

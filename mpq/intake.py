@@ -144,7 +144,15 @@ def make_workload(
 
 def _qualities(spec: JobSpec, given: Given) -> dict[str, Quality]:
     """Return what every candidate is measured by: the job's qualities, and those only limited."""
-    limited = {Limit.parse(text).metric: text for text in spec.limits}
+    limits = {text: Limit.parse(text) for text in spec.limits}
+    for text, limit in limits.items():
+        if limit.change and limit.metric in spec.quality.keys() | QUALITIES.keys():
+            raise InvalidInputError(
+                "limit",
+                f"limit {text!r}: the quality {limit.metric!r} is a degradation from the "
+                f"unquantized network already, write '{limit.metric} <= {limit.bound:g}'",
+            )
+    limited = {limit.metric: text for text, limit in limits.items()}
     for metric in limited.keys() - spec.quality.keys() - QUALITIES.keys():
         if spec.evaluate is None:
             error = unknown("metric", metric, {*spec.quality, *QUALITIES})

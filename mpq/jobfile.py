@@ -63,6 +63,8 @@ def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
             raise InvalidInputError(error.code, f"{where}: {error}")
     try:
         given = dict(content)
+        if given.get("minimise") is not None:
+            given.setdefault("budgets", ())
         if "quality_groups" in given:
             given["quality_groups"] = given_groups(given["quality_groups"])
         return pydantic.TypeAdapter(JobSpec).validate_python(given)

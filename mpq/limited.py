@@ -12,27 +12,34 @@ from mpq.nn.quality import QUALITIES
 from mpq.tasks import Workers
 
 
-def needs_metrics(workers: Workers, limits: Sequence[Limit], run_id: str) -> bool:
-    """Tell whether candidates must be run through the user's `evaluate` for the limits.
+def against_unquantized(
+    workers: Workers, limits: Sequence[Limit], run_id: str
+) -> tuple[list[Limit], bool]:
+    """Return the limits with their bases, and whether candidates need the user's `evaluate`.
 
-    If so the unquantized network is evaluated first: InvalidInputError for a limit on a metric
-    that `evaluate` does not return, before anything is scored. Where that network itself breaks
-    a limit the log says so.
+    If so the unquantized network is evaluated first and kept with the run: InvalidInputError for
+    a limit on a metric that `evaluate` does not return, before anything is scored. Where that
+    network itself breaks a limit the log says so.
     """
     qualities = workers.workload.qualities
-    asked = [limit for limit in limits if limit.metric not in qualities]
-    if not asked:
-        return False
+    if all(limit.metric in qualities for limit in limits):
+        return list(limits), False
     whole = Candidate(
         name="unquantized", split="calibration", allocation=Allocation({}), with_metrics=True
     )
     (evaluation,) = measure(workers, [whole])
-    for limit in asked:
+    workers.store.put_evaluation(run_id, evaluation)
+    complete = []
+    for limit in limits:
+        if limit.metric in qualities:
+            complete.append(limit)
+            continue
         if limit.metric not in evaluation.metrics:
             known = {*evaluation.metrics, *QUALITIES}
             raise unknown("limit metric", limit.metric, known)
         value = evaluation.metrics[limit.metric]
-        if not limit.met(value):
-            note = f"{limit}: the unquantized network itself has {value:.6g}"
+        complete.append(limit.from_base(value))
+        if not complete[-1].met(value):
+            note = f"{complete[-1]}: the unquantized network itself has {value:.6g}"
             workers.store.log(run_id, "limit", note)
-    return True
+    return complete, True

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
-from mpq.core.errors import InvalidInputError, MpqError, MpqWarning, RunFailedError
+from mpq.core.errors import InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
 from mpq.core.limits import Limit
@@ -31,7 +30,8 @@ from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.export.packed import write_packed
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload
-from mpq.limited import needs_metrics
+from mpq.limited import against_unquantized
+from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
@@ -40,6 +40,7 @@ from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
 from mpq.trials import check_trials, searching
+from mpq.warned import warnings_kept
 from sensitivity import get_metric
 from solvers import get_solver
 from solvers.risk import at_risk
@@ -51,7 +52,8 @@ def search(
     model: nn.Module | str,
     calibration: Any,
     *,
-    budgets: Sequence[str | Budget],
+    budgets: Sequence[str | Budget] | None = None,
+    minimise: str | Mapping[str, float] | None = None,
     schemes: Sequence[str] | None = None,
     metric: str = "gauss_newton",
     solver: str = "auto",
@@ -98,7 +100,9 @@ def search(
     function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
     qualities, each over the best uniform scheme's, decides instead of the divergence, and
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
-    that move it most). `limits` such as "accuracy >= 0.99" must be met on calibration data. The
+    that move it most). `limits` such as "accuracy >= 0.99" or "accuracy drop <= 1%" must be met
+    on calibration data. `minimise`, "memory" or {"memory": 1.0, "latency": 2e6}, turns the
+    question round: the least of a cost at which all limits are met, whatever the budgets. The
     metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring
     ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
@@ -113,6 +117,13 @@ def search(
         raise InvalidInputError(
             "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
         )
+    if budgets is None and minimise is None:
+        raise InvalidInputError(
+            "budgets",
+            "give budgets such as ['memory <= 60%'], or minimise='memory' and limits such as "
+            "['accuracy drop <= 1%']",
+        )
+    budgets = () if budgets is None else budgets
     for what, given_list in {"budgets": budgets, "skip": skip, "limits": limits}.items():
         if isinstance(given_list, str | Budget):
             raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
@@ -132,6 +143,7 @@ def search(
         loss=None if loss is None else _text(loss),
         divergence=divergence,
         budgets=tuple(b if isinstance(b, str) else budget_text(b) for b in budgets),
+        minimise=dict(minimise) if isinstance(minimise, Mapping) else minimise,
         schemes=None if schemes is None else scheme_texts(schemes),
         metric=metric,
         solver=solver,
@@ -196,7 +208,7 @@ def run(
 
     `stages` are what follows the preparation, by default those of a search.
     """
-    with _warnings_kept() as keep, ExitStack() as stack:
+    with warnings_kept() as keep, ExitStack() as stack:
         executor = get_executor(spec.executor, spec.num_workers)
         stack.callback(executor.close)
         if spec.metric != AUTO:
@@ -230,32 +242,13 @@ def run(
     return SearchResult(store, run_id)
 
 
-@contextmanager
-def _warnings_kept() -> Iterator[Callable[[Store, str], None]]:
-    """Catch warnings; the function it yields logs our own with a run; all are given on after."""
-
-    def keep(store: Store, run_id: str) -> None:
-        for warning in caught:
-            if issubclass(warning.category, MpqWarning):
-                store.log(run_id, "warning", str(warning.message))
-
-    caught: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as recorded:
-            warnings.simplefilter("always", MpqWarning)
-            caught = recorded
-            yield keep
-    finally:
-        for w in caught:
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-
-
 def _stages(spec: JobSpec, prepared: Prepared) -> None:
     workers, run_id = prepared.workers, prepared.run_id
     store, workload = workers.store, workers.workload
-    limits = [Limit.parse(text) for text in spec.limits]
     check_evaluate(workers)
-    with_metrics = needs_metrics(workers, limits, run_id)
+    asked = [Limit.parse(text) for text in spec.limits]
+    limits, with_metrics = against_unquantized(workers, asked, run_id)
+    spec = replace(spec, limits=tuple(limit.text for limit in limits))
     scores, others = _score(spec, prepared)
     plain = Problem(
         sensitivity=scores.sensitivity.clamped(),
@@ -272,20 +265,16 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         store.log(run_id, "pairs", f"pairs of units are trusted by {problem.responses.trust:g}")
     measured = partial(_measure, workers, run_id)
     around = partial(relinearise, workers)
-    if spec.quality:
-        others |= decoupled(workers, problem, spec, run_id).allocations
-    with searching(spec, problem, workers, run_id, with_metrics) as solver:
-        proposals = propose(problem, solver, others)
-    chosen, criterion = choose(
-        problem,
-        proposals,
-        spec,
-        measured,
-        around,
-        store,
-        run_id,
-        with_metrics,
-    )
+    if spec.minimise:
+        chosen, criterion = least_cost(problem, spec, measured, around, store, run_id, with_metrics)
+    else:
+        if spec.quality:
+            others |= decoupled(workers, problem, spec, run_id).allocations
+        with searching(spec, problem, workers, run_id, with_metrics) as solver:
+            proposals = propose(problem, solver, others)
+        chosen, criterion = choose(
+            problem, proposals, spec, measured, around, store, run_id, with_metrics
+        )
     keep_frontiers(plain.with_budgets(chosen.solution.budgets), spec.risk, store, run_id)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
@@ -334,7 +323,8 @@ def _compare(
 ) -> None:
     """Measure the chosen allocation and the best uniform scheme that fits on held-out data.
 
-    Without held-out batches only the user's metrics are measured.
+    One that meets the limits comes before those that do not. Without held-out batches only the
+    user's metrics are measured.
     """
     split = "held_out" if workload.held_out else "calibration"
     if not workload.held_out:
@@ -358,7 +348,8 @@ def _compare(
         if problem.fits(allocation)
     }
     if fitting:
-        name = min(fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
+        allowed = [name for name in fitting if criterion.allows(evaluated[name])]
+        name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
         candidates.append(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )

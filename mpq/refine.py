@@ -49,8 +49,8 @@ def refine(
     while len(tried) < steps and region >= 1:
         if responses is None:
             responses = relinearise(best.allocation)
-        nearby = cross_validated(_nearby(problem, best.allocation, responses, region))
-        solution = Pairs(prove=False).solve(nearby)
+        around_best = nearby(problem, best.allocation, responses, region)
+        solution = Pairs(prove=False).solve(cross_validated(around_best))
         if solution.allocation is None or not solution.score < 0:
             break
         proposal = Proposal(
@@ -84,7 +84,7 @@ def gains(criterion: Criterion, new: Evaluation, old: Evaluation) -> bool:
     return len(gain) > 0 and all(half.mean() > 0 for half in (gain[::2], gain[1::2]) if len(half))
 
 
-def _nearby(problem: Problem, base: Allocation, responses: Responses, region: int) -> Problem:
+def nearby(problem: Problem, base: Allocation, responses: Responses, region: int) -> Problem:
     """Return the problem of changing at most `region` units of `base`."""
     values, stderr = responses.own_scores()
     changed = np.ones(len(problem.cells))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mpq.along import along, given_problem
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.layers import LayerGraph
@@ -46,6 +47,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         prices=result.shadow_prices(),
         divergence=DIVERGENCE_NAMES[result.evaluation[0].divergence],
         evaluations=[(e, _fits(result, e)) for e in in_order(without_trials(result.evaluation))],
+        along=along(record.spec, result.problem, result.evaluation, result.unit_allocation),
         graph=result.graph,
         coverage=f"{result.graph.coverage:.1%}",
         size=quantity(result.graph.native_bytes, "bytes"),
@@ -64,7 +66,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
 
 
 def _fits(result: SearchResult, evaluation: Evaluation) -> bool:
-    return bool(evaluation.allocation) and result.asked().fits(evaluation.allocation)
+    return bool(evaluation.allocation) and given_problem(result).fits(evaluation.allocation)
 
 
 def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpq.additivity import additivity
+from mpq.along import along, along_table, given_problem
 from mpq.core.budgets import Budget
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
@@ -49,7 +50,9 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     console.print(_units_table(result.graph, problem, allocation))
     console.print(_budget_table(problem, result.solution))
     told = without_trials(result.evaluation)
-    console.print(_measured_table(result.asked(), told))
+    console.print(_measured_table(given_problem(result), told))
+    if rows := along(store.run(run_id).spec, problem, result.evaluation, allocation):
+        console.print(along_table(rows))
     lines = worth_lines(problem, result.solution)
     lines += additivity(problem, allocation, told, strongest=3).told()
     for line in [*lines, *stability_lines(view["stability"])]:

@@ -9,8 +9,10 @@ import pytest
 
 import mpq
 from benchmarks.sections.sketch import compare
+from examples import digits_vit
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.jobfile import load_job
+from mpq.pipeline import run_job
 
 EXAMPLES = ["digits_resnet20", "digits_vit", "minilm"]
 SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
@@ -24,6 +26,14 @@ def test_the_job_of_an_example_is_a_job(name: str) -> None:
     for entry in (spec.model, spec.calibration, spec.held_out, spec.evaluate):
         assert entry is not None
         assert callable(getattr(example, entry.partition(":")[2]))
+
+
+def test_the_job_for_the_least_memory_is_a_job() -> None:
+    spec = load_job(Path("examples") / "digits_vit_least.toml")
+    assert (spec.minimise, spec.budgets, spec.limits) == ("memory", (), ("accuracy drop <= 1%",))
+    assert spec.evaluate == "examples.digits_vit:evaluate_both"
+    found = digits_vit.evaluate_both(digits_vit.make_model())
+    assert found["accuracy"] > found["test accuracy"] > 0.96  # as trained
 
 
 def held_out(name: str, uniform: str, folder: Path, **options: object) -> list[Evaluation]:
@@ -55,6 +65,25 @@ def test_at_three_bits_the_mix_halves_the_divergence_on_new_data(name: str, tmp_
     chosen, uniform = held_out(name, "int3", tmp_path)
     assert chosen.divergence == "kl"
     assert chosen.mean <= 0.5 * uniform.mean
+
+
+@pytest.mark.slow
+def test_a_percent_of_accuracy_takes_a_tenth_off_the_memory_of_the_best_uniform_scheme(
+    tmp_path: Path,
+) -> None:
+    spec = load_job(Path("examples") / "digits_vit_least.toml", {"executor": "serial", "refine": 1})
+    with mpq.open_store(str(tmp_path / "runs.db")) as store:
+        result = run_job(spec, store)
+        found = {e.candidate: e for e in result.evaluation if e.split == "calibration"}
+        least = 0.99 * found["unquantized"].metrics["accuracy"]
+        met = {name: e for name, e in found.items() if e.metrics["accuracy"] >= least}
+        memory = {
+            name: result.problem.total("memory", e.allocation.choice(result.problem.cells))
+            for name, e in met.items()
+            if e.allocation
+        }
+        uniform = min(m for name, m in memory.items() if name.startswith("uniform "))
+    assert memory[CHOSEN] == min(memory.values()) <= 0.9 * uniform
 
 
 @pytest.mark.slow

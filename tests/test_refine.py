@@ -13,7 +13,7 @@ from mpq.core.limits import Limit
 from mpq.core.problem import Allocation
 from mpq.core.tables import Responses
 from mpq.criterion import Criterion
-from mpq.refine import _nearby, gains
+from mpq.refine import gains, nearby
 from tests.builders import cells, problem
 
 
@@ -70,5 +70,5 @@ def test_a_step_keeps_what_the_problem_asks_beside_budgets() -> None:
     pair = ((of.units[0], of.schemes[0][0]), (of.units[1], of.schemes[1][0]))
     asked = replace(problem(of), constraints=(row,), forbidden=(pair,))
     responses = Responses(cells=of, vectors=np.ones((len(of), 2, 1), np.float32))
-    nearby = _nearby(asked, Allocation.from_choice(of, np.array([0, 4])), responses, 1)
-    assert (nearby.constraints, nearby.forbidden) == ((row,), (pair,))
+    around = nearby(asked, Allocation.from_choice(of, np.array([0, 4])), responses, 1)
+    assert (around.constraints, around.forbidden) == ((row,), (pair,))

@@ -10,6 +10,9 @@ from mpq.core.tables import Floats
 
 CHOSEN = "chosen"  # the candidate that a search returns
 TRIAL = "trial "  # begins the names of what a solver tried, numbered from 0
+UNIFORM = "uniform "  # begins the names of uniform schemes
+POINT = "point "  # begins the names of points of a frontier that were measured
+CHEAPER = "cheaper "  # begins the names of steps that take cost off an allocation
 RANDOM = "random "  # begins the names of the referee's random allocations
 DIVERGENCE_NAMES = {
     "kl": "KL to original",
@@ -45,8 +48,9 @@ class Evaluation:
 
 
 def without_trials(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return what is worth showing one by one: no trials and no random allocations."""
-    return [e for e in evaluations if not e.candidate.startswith((TRIAL, RANDOM))]
+    """Return what is worth showing one by one: nothing tried on the way, nothing random."""
+    hidden = (TRIAL, RANDOM, POINT, CHEAPER)
+    return [e for e in evaluations if not e.candidate.startswith(hidden)]
 
 
 def in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

@@ -15,6 +15,8 @@ from mpq.core.risk import check_risk
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
+# Keys that mean something only where the loss is minimised, and their defaults.
+_BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,9 @@ class JobSpec:
     patterns; `groups` adds units.
     `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
     gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
-    "accuracy >= 0.99" are on metrics of `evaluate`, on qualities or on named quality functions.
+    "accuracy >= 0.99" or "accuracy drop <= 1%" are on metrics of `evaluate`, on qualities or on
+    named quality functions (mpq.core.limits). `minimise` turns the question round: the least of a
+    cost, or of a weighted sum {cost: weight}, at which every limit is met; there need be no budget.
     With a `risk` such as 0.95 each budget on measured times holds with that probability.
     Raises InvalidInputError (`job_value`) for a number out of its range.
     """
@@ -50,6 +54,7 @@ class JobSpec:
     loss: str | None = None
     divergence: Divergence = "auto"
     budgets: tuple[str, ...]
+    minimise: str | dict[str, float] | None = None
     schemes: tuple[str, ...] | None = None  # None: what this machine's kernels run
     metric: str = "gauss_newton"
     solver: str = "auto"
@@ -97,6 +102,7 @@ class JobSpec:
             )
         if self.risk is not None:
             check_risk(self.risk, "job_value")
+        self._check_minimise()
         wanted = self.precision
         if wanted is None or wanted == "settled":
             return
@@ -105,6 +111,40 @@ class JobSpec:
                 "job_value",
                 "precision: 'settled' or a relative standard error between 0 and 1 such as 0.05, "
                 f"got {wanted!r}",
+            )
+
+    @property
+    def minimised(self) -> dict[str, float]:
+        """The costs to minimise and their weights; none where the loss is minimised."""
+        if self.minimise is None:
+            return {}
+        return {self.minimise: 1.0} if isinstance(self.minimise, str) else dict(self.minimise)
+
+    def _check_minimise(self) -> None:
+        if self.minimise is None:
+            return
+        if not isinstance(self.minimise, str | Mapping) or not self.minimised:
+            raise InvalidInputError(
+                "job_value",
+                f"minimise: a cost such as 'memory' or {{cost: weight}}, got {self.minimise!r}",
+            )
+        for cost, weight in self.minimised.items():
+            if not isinstance(weight, Real) or not 0 < weight < math.inf:
+                raise InvalidInputError(
+                    "job_value", f"minimise: the weight of {cost!r} is positive, got {weight!r}"
+                )
+        if not self.limits:
+            raise InvalidInputError(
+                "job_value",
+                f"minimise {self.minimise!r} needs at least one limit on what may be lost: add "
+                "for example limits=['accuracy drop <= 1%']",
+            )
+        by_loss = [name for name, only in _BY_LOSS.items() if getattr(self, name) != only]
+        for name in [*by_loss, *(["metric"] if self.metric == "auto" else [])]:
+            raise InvalidInputError(
+                "job_value",
+                f"minimise: {name} {getattr(self, name)!r} judges by the loss under budgets, which "
+                f"is not minimised here: leave {name} out",
             )
 
     def _at_least(self, name: str, least: int) -> None:

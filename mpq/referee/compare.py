@@ -36,7 +36,7 @@ BudgetSetting = str | Budget | Sequence[str | Budget]
 _SPREAD = (0.125, 0.25, 0.5)  # of the way from the cheapest to the dearest allocation
 _OF_A_SEARCH = (  # keys of a job that mean nothing here
     *("metric", "metric_seconds", "precision", "solver", "refine", "held_out", "evaluate"),
-    *("quality", "quality_groups", "limits", "risk"),
+    *("quality", "quality_groups", "limits", "minimise", "risk"),
 )
 
 
@@ -109,6 +109,10 @@ def compare_job(
     budgets allow: in tight places, where metrics differ. Keys that are for a search only, such as
     limits, are ignored, which the run's log tells.
     """
+    if not spec.budgets:
+        raise InvalidInputError(
+            "budgets", "metrics are judged under budgets and the job has none: add one to it"
+        )
     live = {key: getattr(spec, key) for key in ("model", "calibration", "loss", "sample")}
     asked = Asked.of(metrics, seconds, allocations)
     plain = JobSpec(model=spec.model, calibration=spec.calibration, budgets=spec.budgets)
