@@ -16,7 +16,7 @@ from typing import Any
 
 from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import FP32, Format, PerChannel, PerGroup, PerTensor, Scheme
+from mpq.core.formats import FP32, Format, Granularity, PerChannel, PerGroup, PerTensor, Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.export.rules import as_it_is, refuse_native
 
@@ -204,6 +204,7 @@ def _format(name: str, args: Mapping[str, Any], strategies: Sequence[str]) -> Fo
             f"config group {name!r}: no scheme stands for {args.get('type')} values with strategy "
             f"{strategy!r}, only int with {' or '.join(strategies)}",
         )
+    granularities: dict[str, Granularity]
     granularities = {"tensor": PerTensor(), "channel": PerChannel(), "token": PerTensor()}
     return Format(
         family="int",

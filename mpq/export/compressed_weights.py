@@ -1,10 +1,9 @@
 """The weights of a compressed-tensors checkpoint: packed into int32 as vLLM loads them.
 
-A weight of a linear layer becomes "weight_packed" (rows, ceil(columns * bits / 32)), "weight_scale"
-(rows, groups), "weight_shape" and, asymmetric, "weight_zero_point" (ceil(rows * bits / 32), groups);
-with 8-bit activations "weight" in int8 instead. Codes are stored shifted by 2^(bits - 1), so an
-unsigned code with its zero point is that of the format. Source: compressed_tensors 0.20,
-compressors/pack_quantized.
+A weight becomes "weight_packed" (rows, ceil(columns * bits / 32)), "weight_scale" (rows, groups),
+"weight_shape" and, asymmetric, "weight_zero_point" (ceil(rows * bits / 32), groups); with 8-bit
+activations an int8 "weight" instead of the packed one. Packed codes are unsigned: a symmetric one
+is shifted by 2^(bits - 1). Source: compressed_tensors 0.20, compressors/pack_quantized.
 """
 
 from __future__ import annotations

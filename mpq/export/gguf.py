@@ -11,7 +11,9 @@ Source: llama.cpp tools/quantize and gguf 0.19 (block sizes: constants.GGML_QUAN
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from mpq.core.chosen import Chosen
@@ -48,7 +50,7 @@ _SCHEMES |= {"q4_1": "int4g32a", "q5_1": "int5g32a"}  # read, never written: lar
 class Gguf:
     """Tensor types of a language model; `arch` is one of gguf.MODEL_ARCH_NAMES ("llama").
 
-    Without it the architecture is found by its names, where they leave no doubt.
+    Without it layers are named as most architectures do that have all of them.
     """
 
     name = "gguf"
@@ -106,39 +108,33 @@ class Gguf:
 def gguf_names(graph: LayerGraph, arch: str | None = None) -> dict[LayerName, str]:
     """Return the GGUF tensor of every searched layer.
 
-    Raises InvalidInputError where no architecture has all of them, or several differ.
+    Without an architecture the names are those that most architectures have which have all of the
+    layers. Raises InvalidInputError where none has.
     """
-    layers = [name for unit in graph.units for name in unit.layers]
-    known: dict[tuple[str, ...], list[str]] = {}
-    partly: dict[str, str] = {}
-    for name, tensors in _architectures(layers, arch):
-        missing = next((n for n, t in zip(layers, tensors, strict=True) if not t), None)
-        if missing is None:
-            known.setdefault(tuple(f"{t}.weight" for t in tensors), []).append(name)
-        elif any(tensors):
-            partly[name] = missing
+    layers = tuple(name for unit in graph.units for name in unit.layers)
+    return dict(zip(layers, _tensors(layers, arch), strict=True))
+
+
+@cache
+def _tensors(layers: tuple[LayerName, ...], arch: str | None) -> tuple[str, ...]:
+    known: Counter[tuple[str, ...]] = Counter()
+    missing: list[int] = []  # the first layer that each architecture has no name for
+    for tensors in _architectures(layers, arch):
+        named = tuple(f"{tensor}.weight" for tensor in tensors if tensor)
+        if len(named) == len(layers):
+            known[named] += 1
+        else:
+            missing.append(tensors.index(None))
     if not known:
-        missing = min(partly.values(), key=layers.index, default=layers[0])
+        where = "any architecture of llama.cpp" if arch is None else f"architecture {arch!r}"
         raise InvalidInputError(
-            "export",
-            f"layer {missing!r} has no GGUF name in any architecture of llama.cpp"
-            if arch is None
-            else f"layer {missing!r} has no GGUF name in architecture {arch!r}",
+            "export", f"layer {layers[max(missing)]!r} has no GGUF name in {where}"
         )
-    if len(known) > 1:
-        first, second, *_ = known.values()
-        raise InvalidInputError(
-            "export",
-            f"the layers are named differently in architectures {first[0]!r} and {second[0]!r}: "
-            f"give the one it is, arch={first[0]!r}",
-        )
-    return dict(zip(layers, next(iter(known)), strict=True))
+    return known.most_common(1)[0][0]
 
 
-def _architectures(
-    layers: list[LayerName], arch: str | None
-) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield each architecture with the tensor names of all layers, None where it has none."""
+def _architectures(layers: Sequence[LayerName], arch: str | None) -> Iterator[list[str | None]]:
+    """Yield the tensors of all layers in each architecture, None where it has none."""
     try:
         import gguf
     except ImportError as error:
@@ -150,7 +146,7 @@ def _architectures(
     numbers = [int(part) for name in layers for part in name.split(".") if part.isdecimal()]
     for name in archs if arch is None else [arch]:
         names = gguf.get_tensor_name_map(archs[name], max(numbers, default=0) + 1)
-        yield name, [_tensor(names.mapping, layer) for layer in layers]
+        yield [_tensor(names.mapping, layer) for layer in layers]
 
 
 def _tensor(mapping: Mapping[str, tuple[object, str]], layer: LayerName) -> str | None:

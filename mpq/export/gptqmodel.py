@@ -86,8 +86,10 @@ class GptqModel:
         """Return the schemes; rules that leave layers alone come first, then in order."""
         config = json.loads(text)
         dynamic = config.get("dynamic") or {}
-        rules = sorted(dynamic.items(), key=lambda rule: not rule[0].startswith("-"))
-        compiled = [(re.compile(key.removeprefix("+:").removeprefix("-:")), key) for key, _ in rules]
+        rules = sorted(dynamic, key=lambda rule: not rule.startswith("-"))
+        compiled = [
+            (re.compile(rule.removeprefix("+:").removeprefix("-:")), rule) for rule in rules
+        ]
         linear = [layer for layer in graph.layers if layer.kind == "linear"]
         for pattern, key in compiled:
             if not any(pattern.match(layer.name) for layer in linear):

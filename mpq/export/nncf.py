@@ -31,14 +31,15 @@ LAYERS = {layers}
 def compress(model, prefix="__module."):
     """Return the model with the weights of every layer above compressed."""
     for mode, group_size in sorted(set(LAYERS.values())):
-        names = [re.escape(prefix + name) for name, of in LAYERS.items() if of == (mode, group_size)]
+        chosen = [name for name, of in LAYERS.items() if of == (mode, group_size)]
+        names = "|".join(re.escape(prefix + name) for name in chosen)
         options = {{}}
         if mode.startswith("int4"):
             options = {{"ratio": 1.0, "group_size": group_size, "all_layers": True}}
         model = nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode(mode),
-            ignored_scope=nncf.IgnoredScope(patterns=[f"^(?!(?:{{'|'.join(names)}})/)"]),
+            ignored_scope=nncf.IgnoredScope(patterns=[f"^(?!(?:{{names}})/)"]),
             **options,
         )
     return model

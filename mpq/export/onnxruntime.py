@@ -1,9 +1,10 @@
 """ONNX Runtime: what `quantize_static` and `MatMulNBitsQuantizer` are to do, as JSON.
 
 Layers with quantized activations are in "quantize_static": weight tensors in TensorQuantOverrides
-(names of QuantType as text), one activation type for all of them, every other node excluded. Weight-
-only layers are in "matmul_nbits": one pass for each format, its nodes by name. ONNX has names of
-its own: give `names` where tensors are not called as parameters and nodes not as layers.
+(names of QuantType as text), one activation type for all of them, every other node excluded. Those
+with quantized weights alone are in "matmul_nbits": one pass for each format, its nodes by name.
+ONNX has names of its own: give `names` where tensors are not called as parameters and nodes not as
+layers.
 Source: onnxruntime 1.31, quantization/{quantize,tensor_quant_overrides,matmul_nbits_quantizer}.py.
 """
 

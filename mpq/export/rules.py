@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import NATIVE_BITS, Scheme, parse_scheme
+from mpq.core.formats import NATIVE_BITS, PerGroup, Scheme, parse_scheme
 from mpq.core.layers import Layer
 from mpq.core.protocols import Exporter
 from mpq.nn.units import fused_siblings
@@ -40,18 +40,23 @@ def runnable(exporter: Exporter, layer: Layer) -> tuple[Scheme, ...]:
 
 
 def nearest(exporter: Exporter, layer: Layer, scheme: Scheme) -> Scheme | None:
-    """Return the scheme that the target runs a layer in whose size is nearest, None without one.
+    """Return the scheme that the target runs a layer in that is nearest, None without one.
 
-    The same activations are preferred, integers for integers, then of equal distances more bits.
+    The same activations are preferred, integers for integers, the nearest number of bits (of two
+    the larger), zero points and scales of the same kind, then as many of them.
     """
-    own = _bits(layer, scheme)
+    own = scheme.weights
 
-    def distance(other: Scheme) -> tuple[bool, bool, float, float]:
+    def distance(other: Scheme) -> tuple[float, ...]:
+        weights = other.weights
         return (
             other.activations != scheme.activations,
-            other.weights.is_native != scheme.weights.is_native,
-            abs(_bits(layer, other) - own),
-            -_bits(layer, other),
+            weights.is_native != own.is_native,
+            abs(weights.bits - own.bits),
+            -weights.bits,
+            weights.symmetric != own.symmetric,
+            type(weights.granularity) is not type(own.granularity),
+            abs(_overhead(layer, other) - _overhead(layer, scheme)),
         )
 
     return min(runnable(exporter, layer), key=distance, default=None)
@@ -82,6 +87,13 @@ def _refusal(exporter: Exporter, layer: Layer, scheme: Scheme) -> str:
 
 def _bits(layer: Layer, scheme: Scheme) -> float:
     return scheme.weights.bits_per_element(layer.weight_shape, layer.channel_axis)
+
+
+def _overhead(layer: Layer, scheme: Scheme) -> float:
+    """Return the scales of a weight, of groups that do not divide it too."""
+    if isinstance(scheme.weights.granularity, PerGroup):
+        return layer.num_weights / scheme.weights.granularity.size
+    return scheme.weights.num_scales(layer.weight_shape, layer.channel_axis)
 
 
 def _every_scheme() -> Iterator[Scheme]:

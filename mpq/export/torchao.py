@@ -207,7 +207,8 @@ def _scheme(key: str, config: Mapping[str, Any]) -> Scheme:
 
 def _weights(key: str, bits: int, granularity: Mapping[str, Any], symmetric: bool) -> Format:
     kind, data = granularity["_type"], granularity["_data"]
-    sizes = {"PerTensor": "t", "PerRow": "", "PerAxis": "", "PerGroup": f"g{data.get('group_size')}"}
+    group = f"g{data.get('group_size')}"
+    sizes = {"PerTensor": "t", "PerRow": "", "PerAxis": "", "PerGroup": group}
     if kind not in sizes:
         raise InvalidInputError("import", f"key {key!r}: no scheme has granularity {kind}")
     return parse_format(f"int{bits}{sizes[kind]}{'' if symmetric else 'a'}")
