@@ -1,8 +1,9 @@
 r"""NNCF: a Python script that compresses an OpenVINO model, one call for each format.
 
-`nncf.compress_weights` gives a whole model one format, so each call ignores every node but those of
-its layers: "^(?!__module\.(?:a|b)/)", as OpenVINO names what it converts from PyTorch. What an
-earlier call has compressed is compressed already. Calls with 8 bits take no other option.
+`nncf.compress_weights` gives a whole model one format, so each call ignores the nodes of all other
+modules: "^__module\.(?!(?:a|b)/)", as OpenVINO names what it converts from PyTorch (its constants
+are named differently; to ignore those is to ignore all). What an earlier call has compressed stays.
+Calls with 8 bits take no other option.
 Source: NNCF 3.4, quantization/quantize_model.py, scopes.py and
 quantization/algorithms/weight_compression/algorithm.py.
 """
@@ -32,14 +33,14 @@ def compress(model, prefix="__module."):
     """Return the model with the weights of every layer above compressed."""
     for mode, group_size in sorted(set(LAYERS.values())):
         chosen = [name for name, of in LAYERS.items() if of == (mode, group_size)]
-        names = "|".join(re.escape(prefix + name) for name in chosen)
+        names = "|".join(re.escape(name) for name in chosen)
         options = {{}}
         if mode.startswith("int4"):
             options = {{"ratio": 1.0, "group_size": group_size, "all_layers": True}}
         model = nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode(mode),
-            ignored_scope=nncf.IgnoredScope(patterns=[f"^(?!(?:{{names}})/)"]),
+            ignored_scope=nncf.IgnoredScope(patterns=[f"^{{re.escape(prefix)}}(?!(?:{{names}})/)"]),
             **options,
         )
     return model

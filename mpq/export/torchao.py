@@ -160,16 +160,15 @@ def _config(scheme: Scheme) -> dict[str, Any] | None:
 def _read(config: Mapping[str, Any], graph: LayerGraph) -> Mapping[LayerName, Scheme]:
     data = config["_data"]
     configs = data.get("fqn_to_config") or data["module_fqn_to_config"]
-    used: set[str] = set()
     found: dict[LayerName, Scheme] = {}
     for layer in graph.layers:
         key = _key(layer.name, list(configs))
         if key is not None:
-            used.add(key)
             made = configs[key]
             found[layer.name] = as_it_is(layer) if made is None else _scheme(key, made)
-    if unused := [key for key in configs if key not in used and configs[key] is not None]:
-        raise InvalidInputError("import", f"key {unused[0]!r} matches no layer of the network")
+    for key, made in configs.items():
+        if made is not None and not any(_key(layer.name, [key]) for layer in graph.layers):
+            raise InvalidInputError("import", f"key {key!r} matches no layer of the network")
     return found
 
 
