@@ -55,6 +55,13 @@ def test_an_exporter_answers_to_its_name(target: str) -> None:
     assert exporter.suffix.startswith(".")
 
 
+def test_the_readme_lists_every_target() -> None:
+    readme = (Path(mpq.export.__file__).parents[2] / "README.md").read_text("utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| `")]
+    first = " ".join(row.split("|")[1] for row in rows)
+    assert [target for target in EXPORTERS if f"`{target}`" not in first] == []
+
+
 @pytest.mark.parametrize("target", EXPORTERS)
 def test_every_scheme_that_runs_is_written_and_read_back(target: str) -> None:
     exporter = get_exporter(target)
