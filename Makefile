@@ -33,6 +33,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	# Apart, for its test alone: transformers would load it for seconds, every time.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target .venv/targets torchao
 	touch $(READY)
 
 clean:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
 from mpq.core.errors import (
     InfeasibleError,
@@ -29,6 +30,7 @@ from mpq.core.stability import Stability
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 if TYPE_CHECKING:
+    from mpq.export import export_allocation, import_allocation
     from mpq.pipeline import run_job, search
     from mpq.referee.compare import compare_metrics
     from mpq.result import SearchResult
@@ -44,6 +46,8 @@ _LATER = {
     "SearchResult": "mpq.result",
     "apart": "solvers.several",
     "compare_metrics": "mpq.referee.compare",
+    "export_allocation": "mpq.export",
+    "import_allocation": "mpq.export",
     "least_cost": "solvers.least_cost",
     "open_store": "mpq.store.store",
     "run_job": "mpq.pipeline",
@@ -59,6 +63,7 @@ __all__ = [
     "Budget",
     "Cells",
     "Chain",
+    "Chosen",
     "Constraint",
     "CostTable",
     "Evaluation",
@@ -90,6 +95,8 @@ __all__ = [
     "Unit",
     "apart",
     "compare_metrics",
+    "export_allocation",
+    "import_allocation",
     "least_cost",
     "open_store",
     "parse_format",

@@ -223,6 +223,27 @@ def report_page(run: RunName = "latest", out: Path | None = None, storage: Stora
         typer.echo(str(page))
 
 
+@app.command("export", rich_help_panel="Inspect")
+def export_run(
+    run: RunName = "latest",
+    to: Annotated[
+        str, typer.Option(help="A target: mpq, compressed-tensors, torchao, gguf, ...")
+    ] = "mpq",
+    out: Annotated[
+        Path | None, typer.Option(help="The file (default: mpq-TARGET with its suffix, here).")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Write the chosen allocation as another tool reads it; loads no model."""
+    from mpq.core.jobs import RunState
+    from mpq.result import SearchResult
+    from mpq.store.store import open_store
+
+    with open_store(storage) as store:
+        result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
+        typer.echo(str(result.export(to, out)))
+
+
 @database.command("upgrade")
 def upgrade_database(storage: Storage = None) -> None:
     """Bring a database to this version's schema, keeping its data."""

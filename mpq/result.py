@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpq.additivity import Additivity, additivity
 from mpq.core.budgets import Budget, resolved
+from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme, parse_scheme
@@ -264,6 +266,44 @@ class SearchResult:
             quantizer=WeightQuantizer(spec.clip),
             limits=self.graph.input_ranges,
         )
+
+    @property
+    def chosen(self) -> Chosen:
+        """The chosen allocation with its network, pins, budgets, totals and provenance."""
+        record, solution = self.store.run(self.run_id), self.solution
+        numbers = {"score": solution.score, "bound": solution.bound, "gap": solution.gap}
+        return Chosen(
+            graph=self.graph,
+            schemes=self.allocation,
+            pinned=frozenset(resolve_pins(self.graph, record.spec.pin)),
+            budgets=solution.budgets,
+            totals=solution.totals or {},
+            cost_units={name: table.unit for name, table in self.problem.costs.items()},
+            provenance={
+                "run": record.id,
+                "name": record.name,
+                "model": record.spec.model,
+                "metric": self.problem.sensitivity.metric,
+                "clip": record.spec.clip,
+                "solver": solution.solver,
+                "status": str(solution.status),
+                **{k: v if math.isfinite(v) else None for k, v in numbers.items()},
+                "device": record.device,
+                "mpq_version": record.mpq_version,
+                "created_at": record.created_at.isoformat(),
+            },
+        )
+
+    def export(self, target: str, path: str | Path | None = None, **options: Any) -> Path:
+        """Write the chosen allocation as another tool reads it and return the path.
+
+        Targets are those of mpq.export.EXPORTERS, for example "compressed-tensors"; the default
+        path is "mpq-TARGET" with its suffix, here. Raises InvalidInputError, before anything is
+        written, where the target cannot run a layer as chosen.
+        """
+        from mpq.export import export_allocation
+
+        return export_allocation(target, self.chosen, path, **options)
 
     def report(self, path: str | Path) -> Path:
         """Write the HTML page of this run."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.layers import Convolution, Layer, LayerGraph, Unit, Unsearched
 from mpq.core.problem import Budget, Problem
 from mpq.core.tables import Cells, CostTable, SensitivityTable
 from mpq.nn.divergence import OutputDivergence
@@ -199,3 +200,59 @@ def workload(
         "divergence": OutputDivergence("kl"),
     }
     return Workload(**(given | changes))  # type: ignore[arg-type]
+
+
+def layer(name: str, shape: tuple[int, ...], kind: str = "linear", **changes: object) -> Layer:
+    """A float32 layer of which nothing but its weight matters."""
+    size = int(np.prod(shape))
+    given = {
+        "name": name,
+        "kind": kind,
+        "weight_shape": shape,
+        "weight_id": f"{name}.weight",
+        "weight_bytes": 4 * size,
+        "input_shape": (1, 5, shape[-1]),
+        "output_shape": (1, 5, shape[0]),
+        "macs": 5 * size,
+        "calls": 1,
+        "order": 0,
+    }
+    if kind.startswith("conv"):
+        ones, kernel = (1,) * len(shape[2:]), shape[2:]
+        given["convolution"] = Convolution(
+            kernel=kernel, stride=ones, padding=(0,) * len(ones), dilation=ones, groups=1
+        )
+    return Layer(**(given | changes))  # type: ignore[arg-type]
+
+
+def llama_graph(width: int = 256, blocks: int = 2) -> LayerGraph:
+    """The layers of a Llama by their names; the embedding and the head are not searched."""
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (width // 4, width),
+        "self_attn.v_proj": (width // 4, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (2 * width, width),
+        "mlp.up_proj": (2 * width, width),
+        "mlp.down_proj": (width, 2 * width),
+    }
+    layers, units = [layer("model.embed_tokens", (11, width), "embedding")], []
+    for number in range(blocks):
+        prefix = f"model.layers.{number}"
+        layers += [layer(f"{prefix}.{name}", shape) for name, shape in shapes.items()]
+        names = [f"{prefix}.{name}" for name in shapes]
+        units += [
+            Unit(name=members[0], layers=tuple(members), reason="fused")
+            for members in (names[:3], names[3:4], names[4:6], names[6:])
+        ]
+    layers.append(layer("lm_head", (11, width)))
+    outside = (layers[0], layers[-1])
+    return LayerGraph(
+        layers=tuple(layers),
+        units=tuple(units),
+        unsearched=tuple(
+            Unsearched(name=la.weight_id, elements=1, bytes=la.weight_bytes, reason="skipped")
+            for la in outside
+        ),
+        sample="made",
+    )

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Problem, Solution, Status
-from mpq.core.protocols import Metric, Scores, Solver, Task
+from mpq.core.protocols import Exporter, Metric, Scores, Solver, Task
 from mpq.core.tables import Cells
+from mpq.export.rules import check_runs
 from mpq.nn.workload import Workload
 from solvers.check import check
 
@@ -39,6 +41,34 @@ def solver_contract(solver: Solver, problem: Problem) -> Solution:
         assert set(solution.infeasibility.names) <= {b.cost for b in problem.budgets}
         assert "\n" not in solution.infeasibility.message
     return solution
+
+
+# --- exporters -------------------------------------------------------------------------------
+
+
+def exporter_contract(exporter: Exporter, chosen: Chosen) -> str | None:
+    """Write and read back an allocation; return the file, or None where it is refused."""
+    try:
+        check_runs(exporter, chosen)
+        text = exporter.text(chosen)
+    except InvalidInputError as error:
+        refusal = str(error)
+        assert "\n" not in refusal
+        assert any(repr(layer.name) in refusal for layer, _ in chosen.searched)
+        assert "nearest: " in refusal or "leave the layer out" in refusal
+        return None
+    assert text.endswith("\n")
+    assert exporter.text(chosen) == text
+    found = exporter.read(text, chosen.graph)
+    assert set(found) <= {layer.name for layer in chosen.graph.layers}
+    for layer, scheme in chosen.searched:
+        read = found.get(layer.name)
+        assert read == scheme or (read is None and str(scheme) == layer.native_family)
+        stored = exporter.stored_bytes(layer, scheme)
+        assert stored is None or 0 < stored <= layer.weight_bytes + 64
+    for name in set(found) - set(chosen.schemes):  # not searched: left as it is
+        assert str(found[name]) == chosen.graph.by_name[name].native_family
+    return text
 
 
 # --- metrics ---------------------------------------------------------------------------------

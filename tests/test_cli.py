@@ -134,6 +134,26 @@ def test_show_tells_how_sure_the_scores_are(folder: Path) -> None:
     assert f"{view['num_draws']} draws within their error bars" in mpq(folder, "show", "toy").stdout
 
 
+def test_export_writes_the_choice_without_the_model(folder: Path) -> None:
+    (folder / "toy.py").rename(folder / "gone.py")
+    try:
+        done = mpq(folder, "export", "toy", "--to", "hawq", "--out", "refused.py")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "error[export]: layer '" in done.stderr
+        assert not (folder / "refused.py").exists()
+        done = mpq(folder, "export", "toy", "--to", "mpq")
+    finally:
+        (folder / "gone.py").rename(folder / "toy.py")
+    assert done.stdout == "mpq-mpq.json\n"
+    made = json.loads((folder / "mpq-mpq.json").read_text())
+    view = json.loads(mpq(folder, "show", "toy", "--json").stdout)["chosen"]
+    assert {la["name"]: la["scheme"] for la in made["layers"]} == view["allocation"]
+    assert made["provenance"]["model"] == "toy:make_model"
+    assert made["provenance"]["status"] == view["status"]
+    assert made["totals"]["memory"] == {"value": view["totals"]["memory"], "unit": "bytes"}
+    assert made["budgets"][0]["text"] == "memory <= 60%"
+
+
 def test_solve_pins_a_unit(folder: Path) -> None:
     view = json.loads(mpq(folder, "solve", "--pin", "2=int8", "--json").stdout)
     assert view["allocation"]["2"] == "int8"

@@ -43,8 +43,11 @@ HEAVY = {
     "onnx": {"hw_cost_models/measured/graphs.py"},
     "transformers": {"mpq/models.py"},
     "plotly": {"mpq/figures.py"},
-    "safetensors": {"mpq/export/packed.py"},
     "optuna": {"solvers/optuna_search.py"},
+    "safetensors": {"mpq/export/packed.py", "mpq/export/compressed_weights.py"},
+    "gguf": {"mpq/export/gguf.py"},
+    "torchao": set(),
+    "compressed_tensors": set(),
     "numba": {"solvers/compiled.py"},
 }
 

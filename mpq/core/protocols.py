@@ -1,4 +1,4 @@
-"""The whole plug-in surface: what a metric, a cost model, a solver and an executor are.
+"""The whole plug-in surface: what a metric, a cost model, a solver, an executor, an exporter are.
 
 `Workload` (mpq.nn.workload) is the borrowed model with its calibration data and choices; it is
 opaque here because the core knows nothing of torch.
@@ -13,7 +13,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mpq.core.layers import LayerGraph
+from mpq.core.chosen import Chosen
+from mpq.core.formats import Scheme
+from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
@@ -90,6 +92,38 @@ class Measure(Protocol):
 
         It is measured on the same first `share` of the samples, 0 < share <= 1; NaN or infinite
         where an output is.
+        """
+
+
+class Exporter(Protocol):
+    """A form of an allocation that another tool reads: one file under `mpq/export/`."""
+
+    @property
+    def name(self) -> str:
+        """The name users choose it by."""
+
+    @property
+    def suffix(self) -> str:
+        """How the name of its file ends: ".json"."""
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the target runs q/k/v and gate/up projections as one kernel."""
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Return which rule of the target a scheme breaks on a layer, "" where it runs it."""
+
+    def stored_bytes(self, layer: Layer, scheme: Scheme) -> int | None:
+        """Return the exact bytes of the weight in the target's file, None where it has none."""
+
+    def text(self, chosen: Chosen) -> str:
+        """Return the file; what is refused for a single layer has been refused before."""
+
+    def read(self, text: str, graph: LayerGraph) -> Mapping[LayerName, Scheme]:
+        """Return the schemes that a file gives to layers; inverse of `text`.
+
+        A layer that is left as it is may be missing. Raises InvalidInputError for a file that is
+        not one, names another network or holds a format that no scheme stands for.
         """
 
 

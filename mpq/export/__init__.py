@@ -1,1 +1,107 @@
-"""Write an allocation for others to load: one target per file."""
+"""Write an allocation for others to load, and read theirs: one target per file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from mpq.core.chosen import Chosen
+from mpq.core.errors import InvalidInputError, unknown
+from mpq.core.formats import Scheme
+from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.problem import Allocation
+from mpq.core.protocols import Exporter
+from mpq.export.rules import as_it_is, check_runs
+
+EXPORTERS: dict[str, str] = {
+    "mpq": "mpq.export.allocation_json:AllocationJson",
+    "compressed-tensors": "mpq.export.compressed_tensors:CompressedTensors",
+    "compressed-tensors-hf": "mpq.export.compressed_tensors:CompressedTensorsHf",
+    "torchao": "mpq.export.torchao:TorchAo",
+    "torchao-hf": "mpq.export.torchao:TorchAoHf",
+    "gguf": "mpq.export.gguf:Gguf",
+    "gptqmodel": "mpq.export.gptqmodel:GptqModel",
+    "modelopt": "mpq.export.modelopt:ModelOpt",
+    "modelopt-hf": "mpq.export.modelopt:ModelOptHf",
+    "onnxruntime": "mpq.export.onnxruntime:OnnxRuntime",
+    "nncf": "mpq.export.nncf:Nncf",
+    "hawq": "mpq.export.hawq:Hawq",
+}
+
+
+def get_exporter(target: str, **options: Any) -> Exporter:
+    """Return the exporter of that name, made with `options`; raises InvalidInputError."""
+    if target not in EXPORTERS:
+        raise unknown("export target", target, EXPORTERS)
+    module, _, attribute = EXPORTERS[target].partition(":")
+    return cast(Exporter, getattr(importlib.import_module(module), attribute)(**options))
+
+
+def export_allocation(
+    target: str, chosen: Chosen, path: str | Path | None = None, **options: Any
+) -> Path:
+    """Write an allocation for a target and return the path; default "mpq-TARGET" here.
+
+    Raises InvalidInputError, before anything is written, for what the target cannot run.
+    """
+    exporter = get_exporter(target, **options)
+    place = Path(f"mpq-{target}{exporter.suffix}") if path is None else Path(path)
+    check_runs(exporter, chosen)
+    text = exporter.text(chosen)
+    try:
+        place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInputError("export", f"cannot write {place}: {error.strerror}") from error
+    return place
+
+
+def import_allocation(
+    target: str, path: str | Path, graph: LayerGraph, **options: Any
+) -> Mapping[LayerName, Scheme]:
+    """Return the scheme that a target's file gives to each searched layer of a network.
+
+    Layers it leaves alone keep the format they have. Raises InvalidInputError for a file that
+    cannot be read, names other layers or holds what no scheme stands for.
+    """
+    exporter = get_exporter(target, **options)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError("import", f"cannot read {path}: {error}") from error
+    try:
+        found = exporter.read(text, graph)
+    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        raise InvalidInputError(
+            "import", f"{path} is no file of {target}: {type(error).__name__} {error}"
+        ) from error
+    layers = graph.by_name
+    if other := sorted(set(found) - set(layers)):
+        raise InvalidInputError(
+            "import", f"{path} names layer {other[0]!r}, which the network does not have"
+        )
+    return Allocation(
+        {
+            name: found.get(name, as_it_is(layers[name]))
+            for unit in graph.units
+            for name in unit.layers
+        }
+    )
+
+
+def predicted_bytes(target: str, chosen: Chosen, **options: Any) -> int | None:
+    """Return the bytes of all tensors of the network in a target's own file, headers left out.
+
+    Tied weights count once. None where the target stores no network.
+    """
+    exporter = get_exporter(target, **options)
+    check_runs(exporter, chosen)
+    total = chosen.graph.fixed_bytes
+    for unit in chosen.graph.units:
+        for layer in chosen.graph.stored_layers(unit):
+            stored = exporter.stored_bytes(layer, chosen.schemes[layer.name])
+            if stored is None:
+                return None
+            total += stored
+    return total

@@ -44,7 +44,7 @@ def group_units(
     for tied in by_weight.values():
         merged.join(tied, "tied weights")
     if groups != "none":
-        for names, reason in _fused(layers, sources):
+        for names, reason in fused_siblings(layers, sources):
             merged.join(names, reason)
     if not isinstance(groups, str):
         for patterns in groups:
@@ -59,9 +59,10 @@ def group_units(
     return merged.units()
 
 
-def _fused(
+def fused_siblings(
     layers: Sequence[Layer], sources: Mapping[LayerName, int]
 ) -> list[tuple[list[LayerName], str]]:
+    """Return the projections that read the same tensor and run as one kernel, and what they are."""
     siblings: dict[str, dict[str, Layer]] = {}
     for layer in layers:
         parent, _, leaf = layer.name.rpartition(".")
