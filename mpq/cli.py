@@ -128,6 +128,10 @@ def solve_again(
         list[str] | None,
         typer.Option(help="Fix a layer, unit or pattern: NAME=SCHEME."),
     ] = None,
+    forbid: Annotated[
+        list[str] | None,
+        typer.Option(help="Not both of these: NAME=SCHEME,NAME=SCHEME; may repeat."),
+    ] = None,
     least: Annotated[
         list[str] | None,
         typer.Option(help="Minimise this cost for a --score; NAME=WEIGHT of several to add."),
@@ -149,7 +153,8 @@ def solve_again(
     """Choose again from stored scores for other budgets; loads no model and no torch."""
     from mpq.core.evaluation import CHOSEN
     from mpq.core.jobs import RunState
-    from mpq.result import parse_pins, parse_weights, resolve_pins, stated
+    from mpq.pins import parse_forbidden, parse_pins, resolve_forbidden, resolve_pins
+    from mpq.result import parse_weights, stated
     from mpq.store.store import open_store
     from mpq.terminal import print_least, print_solution
     from solvers import USE_PAIRS, solve
@@ -163,7 +168,8 @@ def solve_again(
         pins = resolve_pins(graph, parse_pins(pin or []))
         spec, solutions = store.run(run_id).spec, dict(store.solutions(run_id))
         risk = spec.risk if risk is None else risk
-        asked = stated(problem, texts or solutions[CHOSEN].budgets, pins)
+        pairs = resolve_forbidden(graph, parse_forbidden(forbid or []))
+        asked = stated(problem, texts or solutions[CHOSEN].budgets, pins, pairs)
         weights = parse_weights(least or [], score)
         if weights and score is not None:
             from solvers.least_cost import least_cost

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq.additivity import Additivity, additivity
 from mpq.core.budgets import Budget, resolved
 from mpq.core.chosen import Chosen
+from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.formats import Scheme, parse_scheme
+from mpq.core.formats import Scheme
 from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
 from mpq.core.least_cost import LeastCost
-from mpq.core.patterns import matching
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
+from mpq.core.tables import Cell
+from mpq.pins import Named, resolve_forbidden, resolve_pins
 from mpq.stability import stability, usual_draws
 from mpq.store.store import Store
 from solvers import solve
@@ -38,62 +41,18 @@ def stated(
     problem: Problem,
     budgets: Sequence[str | Budget],
     pins: Mapping[UnitName, Scheme] | None = None,
+    forbidden: Sequence[tuple[Cell, Cell]] = (),
+    constraints: Sequence[Constraint] = (),
 ) -> Problem:
-    """Return stored tables as a problem with these budgets and pinned units."""
+    """Return stored tables as a problem under these conditions."""
     allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
-    return problem.with_budgets(resolved(budgets, problem.costs)).pinned(allowed)
-
-
-def solve_stored(
-    problem: Problem,
-    budgets: Sequence[str | Budget],
-    pins: Mapping[UnitName, Scheme] | None = None,
-    solver: str = "auto",
-    risk: float | None = None,
-) -> Solution:
-    """Solve stored tables again for other budgets or pinned units; no model, no torch."""
-    return solve(stated(problem, budgets, pins), solver, risk)
-
-
-def resolve_pins(
-    graph: LayerGraph, pin: Mapping[str, str | Scheme] | None
-) -> dict[UnitName, Scheme]:
-    """Return the scheme of each pinned unit; keys are names of units or layers, or patterns.
-
-    A name beats a pattern. Raises InvalidInputError where a key matches nothing or the pins of
-    one unit's layers differ.
-    """
-    if pin is not None and not isinstance(pin, Mapping):
-        raise InvalidInputError("pin", f"pin is a mapping {{layer: scheme}}, got {pin!r}")
-    members: dict[str, tuple[LayerName, ...]]
-    members = {layer: (layer,) for unit in graph.units for layer in unit.layers}
-    members |= {unit.name: unit.layers for unit in graph.units}
-    pinned: dict[LayerName, Scheme] = {}
-    for pattern, scheme in sorted((pin or {}).items(), key=lambda pair: pair[0] in members):
-        parsed = parse_scheme(scheme)  # type: ignore[arg-type]
-        for name in matching("pin", pattern, members):
-            pinned |= dict.fromkeys(members[name], parsed)
-    found: dict[UnitName, Scheme] = {}
-    for unit in graph.units:
-        schemes = {pinned[layer] for layer in unit.layers if layer in pinned}
-        if len(schemes) > 1:
-            raise InvalidInputError(
-                "pin",
-                f"unit {unit.name!r} ({unit.reason}) shares one scheme but is pinned to "
-                f"{' and '.join(sorted(map(str, schemes)))}",
-            )
-        if schemes:
-            found[unit.name] = schemes.pop()
-    return found
-
-
-def parse_pins(texts: Sequence[str]) -> dict[str, str]:
-    """Read "name=scheme" pairs as the command line gives them."""
-    pairs = [text.rpartition("=") for text in texts]
-    for text, (unit, equals, scheme) in zip(texts, pairs, strict=True):
-        if not equals or not unit or not scheme:
-            raise InvalidInputError("pin", f"a pin is written NAME=SCHEME, got {text!r}")
-    return {unit: scheme for unit, _, scheme in pairs}
+    problem = replace(
+        problem,
+        budgets=tuple(resolved(budgets, problem.costs)),
+        forbidden=tuple(forbidden),
+        constraints=tuple(constraints),
+    )
+    return problem.pinned(allowed)
 
 
 def parse_weights(texts: Sequence[str], score: float | None) -> dict[str, float]:
@@ -163,15 +122,20 @@ class SearchResult:
         pin: Mapping[str, str | Scheme] | None = None,
         solver: str = "auto",
         risk: float | None = None,
+        forbid: Sequence[tuple[Named, Named]] = (),
+        constraints: Sequence[Constraint] = (),
     ) -> Solution:
         """Solve the same scores for other budgets; needs no model.
 
         Keys of `pin` are names of layers or units, or shell patterns. `risk` is the probability
         that each budget holds with (None: that of the search, 0.5: measured costs as they are).
+        Of each pair in `forbid`, (("fc1", "int2"), ("fc2", "int2")), at most one is taken;
+        `constraints` are further linear conditions, over the cells of `result.problem`.
         """
         pins = resolve_pins(self.graph, pin)
+        pairs = resolve_forbidden(self.graph, forbid)
         risk = self.risk if risk is None else risk
-        return solve_stored(self.problem, budgets, pins, solver, risk)
+        return solve(stated(self.problem, budgets, pins, pairs, constraints), solver, risk)
 
     def asked(self, *free: str) -> Problem:
         """Return the problem that the search solved, at its risk, costs in `free` unlimited."""

@@ -240,9 +240,10 @@ def test_solving_a_stored_run_loads_no_torch(store: Store) -> None:
     code = f"""
 import sys
 from mpq.store.store import open_store
-from mpq.result import solve_stored
+from mpq.result import stated
+from solvers import solve
 with open_store({str(store.url.database)!r}) as store:
-    solution = solve_stored(store.problem({result.run_id!r}), ["memory <= 20%"])
+    solution = solve(stated(store.problem({result.run_id!r}), ["memory <= 20%"]))
 assert solution.status == "optimal", solution
 assert not {{"torch", "ray", "transformers", "onnxruntime"}} & set(sys.modules)
 """
