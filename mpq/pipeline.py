@@ -70,7 +70,7 @@ def search(
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
     limits: Sequence[str] = (),
-    hardware: Literal["local"] = "local",
+    hardware: str = "local",
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     num_probes: int = 2,
@@ -93,8 +93,10 @@ def search(
     and `held_out` are lists of batches or entry points of functions that return them; `sample`
     is one batch of the shape that will be served (default: one calibration sample), which MACs
     and latency are for. Budgets are texts such as "memory <= 60%", "latency <= 3 ms",
-    "memory <= uniform int4" or Budget records. `schemes` defaults to what this machine's kernels
-    run. `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
+    "memory <= uniform int4" or Budget records. `schemes` defaults to what the hardware runs:
+    "local" is this machine, measured; "roofline:H100" a model of one that is not here,
+    "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
+    `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
     unit length, else kl of logits). `clip` is how weight ranges are cut. `quality` is {name:
     function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
@@ -113,10 +115,6 @@ def search(
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
     """
-    if hardware != "local":
-        raise InvalidInputError(
-            "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
-        )
     if budgets is None and minimise is None:
         raise InvalidInputError(
             "budgets",
@@ -152,6 +150,7 @@ def search(
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
+        hardware=hardware,
         quality={quality_name: _text(q) for quality_name, q in (quality or {}).items()},
         quality_groups=given_groups(quality_groups),
         limits=tuple(limits),
