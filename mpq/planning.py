@@ -81,7 +81,8 @@ def plan(
     costs = _Costs.of(machine, phases, attention, cells, batch, tokens, context)
     limit = costs.limit(memory, machine.machine.memory_bytes)
     uniform = _uniform(cells)
-    name, numbers = _mix(costs.memory, uniform, budget.resolve({"memory": costs.memory}).limit)
+    limit_bytes = budget.resolve({"memory": costs.memory}).limit + _ROUNDING_BYTES
+    name, numbers = _mix(costs.memory, uniform, limit_bytes)
     named = {str(scheme): chosen for scheme, chosen in uniform.items()}
     return Plan(
         model=model if isinstance(model, str) else type(model).__name__,
@@ -104,6 +105,7 @@ def plan(
     )
 
 
+_ROUNDING_BYTES = 1e-3  # bytes are whole: what a mean over many weights loses is no byte
 _UNSCORED = "the mix is by size alone, small units wider: unscored, a search chooses better"
 _NOTES = (
     "times are modelled, a lower bound: no kernel reaches a data sheet's peaks",
@@ -193,7 +195,7 @@ def _mix(memory: CostTable, uniform: Mapping[Scheme, Indices], limit: float) -> 
         )
     low = max((s for s in totals if totals[s] <= limit), key=totals.__getitem__)
     wider = [s for s in totals if totals[s] > limit]
-    if not wider or totals[low] == limit:
+    if not wider:
         return str(low), uniform[low]
     high = min(wider, key=totals.__getitem__)
     extra = memory.values[uniform[high]] - memory.values[uniform[low]]
