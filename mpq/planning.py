@@ -26,7 +26,7 @@ from mpq.core.tables import Cells, CostTable
 from mpq.models import load_batches, load_shapes
 from mpq.nn.batches import checked_call
 from mpq.nn.graph import build_graph
-from mpq.nn.shapes import attention_of, token_sample
+from mpq.nn.shapes import attention_of, generates, token_sample
 
 # Of each line the first that every layer can store, beside the network as it is.
 _DEFAULT = (
@@ -57,11 +57,11 @@ def plan(
     """Return what a network takes on a machine that need not be here; no weights are needed.
 
     `model` is a directory with a Hugging Face config.json, the entry point of a function that
-    returns a config or a network (on any device, meta too), or a network. A language model is
-    planned for `batch` prompts of `tokens` and for decoding after `context` tokens (default:
-    `tokens`); any other network needs a `sample` batch. `bits` is the mean over the searched
-    weights with all that their schemes store; `memory`, such as "48 GB", replaces the machine's.
-    Times are a roofline and so a lower bound: modelled, not measured.
+    returns a config or a network (on any device, meta too), or a network. A network of tokens is
+    planned for `batch` sequences of `tokens`, one that generates also for decoding after `context`
+    tokens (default: `tokens`); any other needs a `sample` batch. `bits` is the mean over the
+    searched weights with all that their schemes store; `memory`, such as "48 GB", replaces the
+    machine's. Times are a roofline and so a lower bound: modelled, not measured.
     Raises InvalidInputError for what cannot be planned, InfeasibleError where no scheme is as
     narrow as `bits`.
     """
@@ -139,15 +139,15 @@ def _phases(
         batch_given = load_batches(sample, "sample")
         checked_call(network, batch_given, "the sample", finite=False)
         return {"forward": build_graph(network, batch_given, skip=skip)}, None, []
-    samples = {
-        phase: token_sample(network, batch, count)
-        for phase, count in (("prefill", tokens), ("decode", 1))
-    }
-    checked_call(network, samples["decode"], "a batch of tokens", finite=False)
-    graphs = {phase: build_graph(network, batch, skip=skip) for phase, batch in samples.items()}
-    attention, notes = attention_of(network, context)
-    if attention is None:
-        del graphs["decode"]
+    attention, notes = None, ["attention between tokens takes no time here"]
+    counts = {"forward": tokens}
+    if generates(network):
+        attention, notes = attention_of(network, context)
+        counts = {"prefill": tokens} if attention is None else {"prefill": tokens, "decode": 1}
+    samples = {phase: token_sample(network, batch, count) for phase, count in counts.items()}
+    for batch_of in samples.values():
+        checked_call(network, batch_of, "a batch of tokens", finite=False)
+    graphs = {phase: build_graph(network, given, skip=skip) for phase, given in samples.items()}
     return graphs, attention, notes
 
 

@@ -154,10 +154,31 @@ def test_any_network_is_planned_with_a_sample() -> None:
     assert mpq.plan(network, sample=sample, bits=12).units == 2
 
 
-def test_a_decoder_without_a_config_has_no_cache(directory: str) -> None:
+def test_a_network_that_generates_nothing_has_no_cache(tmp_path: Path) -> None:
     found = mpq.plan(Decoder(), bits=12, tokens=4)
-    assert found.chosen.seconds.keys() == {"prefill"}
-    assert any("no config tells the attention" in note for note in found.notes)
+    assert found.chosen.seconds.keys() == {"forward"}
+    assert any("attention between tokens" in note for note in found.notes)
+    encoder = transformers.BertConfig(
+        architectures=["BertModel"],
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+    )
+    encoder.save_pretrained(tmp_path)
+    assert mpq.plan(str(tmp_path), tokens=8).chosen.seconds.keys() == {"forward"}
+
+
+def test_experts_on_the_meta_device_are_those_of_the_real_network(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        architectures=["MixtralForCausalLM"], num_local_experts=4, dtype="bfloat16", **SMALL
+    )
+    config.save_pretrained(tmp_path)
+    shapes = load_shapes(str(tmp_path))
+    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    traced, known = (build_graph(net.eval(), token_sample(net, 2, 16)) for net in (shapes, model))
+    assert [la for la in traced.layers if la.kind == "experts"]
+    assert traced == known
 
 
 def test_defaults_are_what_every_layer_can_store(directory: str) -> None:

@@ -12,6 +12,12 @@ from mpq.core.attention import Attention
 from mpq.core.errors import InvalidInputError
 
 
+def generates(network: nn.Module) -> bool:
+    """Tell whether a network says of itself that it generates tokens one after the other."""
+    can = getattr(network, "can_generate", None)
+    return bool(can is not None and can())
+
+
 def token_sample(network: nn.Module, batch: int, tokens: int) -> dict[str, Any]:
     """Return a batch of tokens on the network's device, as a server runs it.
 
@@ -28,7 +34,9 @@ def token_sample(network: nn.Module, batch: int, tokens: int) -> dict[str, Any]:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     shape = (batch, tokens)
     sample: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long, device=device)}
-    if "attention_mask" in known:  # without one transformers look at the numbers of positions
+    # With causal attention transformers look at the numbers of positions where there is no mask,
+    # with any other at those of the mask; on the meta device there are none.
+    if "attention_mask" in known and generates(network):
         sample["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
     options = {"use_cache": False, "logits_to_keep": 1}
     return sample | {name: value for name, value in options.items() if name in known}
