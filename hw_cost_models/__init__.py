@@ -15,6 +15,8 @@ COST_MODELS: dict[str, str] = {
     "macs": "hw_cost_models.macs:Macs",
     "energy": "hw_cost_models.energy:Energy",
     "luts": "hw_cost_models.luts:Luts",
+    "resident": "hw_cost_models.resident:Resident",
+    "peak": "hw_cost_models.resident:Peak",
 }
 # Times of machines that are not here, by how they are written: "roofline:H100".
 HARDWARE: dict[str, str] = {

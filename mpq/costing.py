@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware
 from hw_cost_models.measured.capability import default_schemes, why_no_kernel
@@ -32,18 +32,26 @@ _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines o
 
 _ALWAYS = ("memory", "bops")
 _WHERE_NAMED = ("macs", "energy", "luts")
+_WHILE_RUNNING = ("resident", "peak")
 
 
 class Hardware:
     """The schemes that a machine's kernels run and the time they take: measured, or modelled.
 
-    Where latency is budgeted or minimised, and always on a machine that is not this one, a scheme without a real
-    kernel (or a time) is not offered to a layer, and `left_out` says why; without one every scheme
-    that can be stored is offered. Raises InvalidInputError for hardware or a cost to minimise that is unknown.
+    Where latency is budgeted or minimised, and always on a machine that is not this one, a scheme
+    without a real kernel (or a time) is not offered to a layer, and `left_out` says why; without
+    one every scheme that can be stored is offered. `beside(cost)` returns the options of the
+    models of what is in memory while the network runs. Raises InvalidInputError for hardware or a
+    cost to minimise that is unknown.
     """
 
     def __init__(
-        self, spec: JobSpec, budgets: Sequence[BudgetText], store: Store, progress: Progress
+        self,
+        spec: JobSpec,
+        budgets: Sequence[BudgetText],
+        store: Store,
+        progress: Progress,
+        beside: Callable[[str], Mapping[str, int]] = lambda _: {},
     ) -> None:
         self._model = None if spec.hardware == LOCAL else get_hardware(spec.hardware)
         self.device = self._model.provenance if self._model else device_fingerprint(_NUM_THREADS)
@@ -56,6 +64,7 @@ class Hardware:
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed
         self._seconds = spec.latency_seconds
+        self._beside = beside
         self._store = store
         self._progress = progress
 
@@ -111,6 +120,11 @@ class Hardware:
         """
         names = [*_ALWAYS, *(name for name in _WHERE_NAMED if name in self._named)]
         tables = [get_cost_model(name).table(graph, cells) for name in names]
+        tables += [
+            get_cost_model(name, **self._beside(name)).table(graph, cells)
+            for name in _WHILE_RUNNING
+            if name in self._named
+        ]
         if self._model is not None:
             tables.append(self._model.table(graph, cells))
         elif self.times_matter:

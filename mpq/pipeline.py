@@ -29,12 +29,13 @@ from mpq.decoupled import check_groups, decoupled
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.export.packed import write_packed
 from mpq.frontiers import keep_frontiers
-from mpq.intake import Given, graph_of, load, make_workload
+from mpq.intake import Given, graph_of, load, make_workload, sample_of
 from mpq.limited import against_unquantized
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
+from mpq.residency import bytes_beside
 from mpq.result import SearchResult
 from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
@@ -216,7 +217,8 @@ def run(
             get_solver(spec.solver)
         check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
-        hardware = Hardware(spec, budgets, store, progress)
+        beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
+        hardware = Hardware(spec, budgets, store, progress, beside)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
         check_groups(spec, workload.graph)
         run_id = store.create_run(spec, hardware.device)

@@ -57,6 +57,8 @@ _COST_UNITS = {
     "energy": "J",
     "macs": "MACs",
     "luts": "LUTs",
+    "resident": "bytes",
+    "peak": "bytes",
 }
 
 
