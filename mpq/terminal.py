@@ -20,7 +20,7 @@ from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
-from mpq.core.provenance import cost_label, modelled_note
+from mpq.core.provenance import cost_label, modelled_note, sources
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
 from mpq.core.risk import quantile
@@ -80,6 +80,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
+        "costs_from": None if result is None else sources(result.problem.costs),
         "shadow_prices": None if result is None else worth_view(result.problem, result.solution),
         "additivity": None if result is None else result.additivity().view(),
         "stability": None if stability is None else stability_view(stability),
@@ -112,8 +113,11 @@ def print_solution(
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.told)
     if as_json:
-        view = solution_view(solution) | {"shadow_prices": worth_view(problem, solution)}
-        print(json.dumps(view, indent=2))
+        more = {
+            "costs_from": sources(problem.costs),
+            "shadow_prices": worth_view(problem, solution),
+        }
+        print(json.dumps(solution_view(solution) | more, indent=2))
         return
     console = _console()
     console.print(_units_table(graph, problem, solution.allocation))

@@ -131,7 +131,11 @@ def test_a_search_on_a_machine_that_is_not_here(
     print_solution(result.graph, result.problem, result.solution)
     shown = capsys.readouterr().out
     assert shown.count("latency (modelled)") == 4  # two tables of two prints
+    assert shown.count("latency is modelled") == 4
     assert "latency is modelled (roofline RaspberryPi5)" in " ".join(shown.split())
+    print_run(store, result.run_id, as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["costs_from"]["latency"] == "roofline RaspberryPi5"
     assert store.run(result.run_id).device == "roofline RaspberryPi5"
     page = result.report(tmp_path / "page.html").read_text()
     assert "latency (modelled)" in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mpq.core.tables import CostTable
 
@@ -30,3 +30,8 @@ def modelled_note(tables: Iterable[CostTable]) -> str:
         for table in tables
         if is_modelled(table)
     )
+
+
+def sources(costs: Mapping[str, CostTable]) -> dict[str, str]:
+    """Return where the numbers of each cost are from, as plain data."""
+    return {name: table.provenance for name, table in costs.items()}
