@@ -39,6 +39,14 @@ def stored_bytes(layer: Layer, weights: Format) -> int:
     return sum(-(-bits // 8) for bits in tensors_bits)
 
 
+def storable(layer: Layer, weights: Format) -> bool:
+    """Tell whether a format is no wider than the weight, and its groups divide a channel."""
+    try:
+        return stored_bytes(layer, weights) <= layer.weight_bytes or weights.is_native
+    except InvalidInputError:
+        return False
+
+
 class Memory:
     """Bytes of the weights with their scales and zero points; tied weights count once."""
 

@@ -23,6 +23,7 @@ from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.least_cost import LeastCost
+from mpq.core.plan import Plan, PlanRow
 from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
 from mpq.core.referee import MetricVerdict, RefereeReport
 from mpq.core.shadow import Alternative, ShadowPrice, ShadowPrices
@@ -32,6 +33,7 @@ from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 if TYPE_CHECKING:
     from mpq.export import export_allocation, import_allocation
     from mpq.pipeline import run_job, search
+    from mpq.planning import plan
     from mpq.referee.compare import compare_metrics
     from mpq.result import SearchResult
     from mpq.store.store import open_store
@@ -50,6 +52,7 @@ _LATER = {
     "import_allocation": "mpq.export",
     "least_cost": "solvers.least_cost",
     "open_store": "mpq.store.store",
+    "plan": "mpq.planning",
     "run_job": "mpq.pipeline",
     "search": "mpq.pipeline",
     "shadow_prices": "solvers.shadow",
@@ -77,6 +80,8 @@ __all__ = [
     "LeastCost",
     "MetricVerdict",
     "MpqError",
+    "Plan",
+    "PlanRow",
     "Problem",
     "RefereeReport",
     "Responses",
@@ -101,6 +106,7 @@ __all__ = [
     "open_store",
     "parse_format",
     "parse_scheme",
+    "plan",
     "run_job",
     "search",
     "shadow_prices",

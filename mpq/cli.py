@@ -96,6 +96,54 @@ def referee(
     typer.echo(f"run {report.run_id} is stored", err=True)
 
 
+@app.command("plan", rich_help_panel="Run")
+def plan_here(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A directory with a Hugging Face config.json, or package.module:factory.",
+        ),
+    ],
+    bits: Annotated[float, typer.Option(help="Mean bits per weight, scales included.")] = 4.0,
+    hardware: Annotated[str, typer.Option(help="A machine.")] = "roofline:H100",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the KV cache when decoding (default: --seq).")
+    ] = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Schemes to compare, e.g. bf16,int8:int8,int4g128.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="e.g. '48 GB' (default: the machine's).")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A layer or pattern to leave as it is; may repeat.")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Entry point of a batch, for other than language models.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell bytes and modelled times of a network on a machine; loads no weights."""
+    from mpq.plan_terminal import print_plan
+    from mpq.planning import plan
+
+    found = plan(
+        model,
+        bits=bits,
+        hardware=hardware,
+        batch=batch,
+        tokens=seq,
+        context=context,
+        schemes=None if schemes is None else [text.strip() for text in schemes.split(",")],
+        memory=memory,
+        skip=skip or (),
+        sample=sample,
+    )
+    print_plan(found, as_json)
+
+
 @app.command("show", rich_help_panel="Inspect")
 def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
     """Print a stored run: budgets, the chosen schemes, predicted against measured."""

@@ -1,15 +1,15 @@
-"""What choices cost, and which of them this machine can run when its time is budgeted."""
+"""What choices cost, and which of them the hardware can run when its time is budgeted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from hw_cost_models import COST_MODELS, get_cost_model
+from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware
 from hw_cost_models.measured.capability import default_schemes, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
-from mpq.core.formats import Format, PerGroup, Scheme, parse_scheme
+from mpq.core.formats import Format, PerGroup, Scheme, native_scheme, parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
@@ -30,49 +30,74 @@ _NOTHING = "in none that is not wider than its weights: leave it out with skip"
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
 
-class Hardware:
-    """This machine: the schemes its kernels run and the time they take.
+_ALWAYS = ("memory", "bops")
+_WHERE_NAMED = ("macs", "energy", "luts")
+_WHILE_RUNNING = ("resident", "peak")
 
-    Raises InvalidInputError for a cost to minimise that is unknown. Where latency is budgeted or
-    minimised a scheme without a real kernel is not offered to a layer, and
-    `left_out` says why; without one every scheme that can be stored is offered.
+
+class Hardware:
+    """The schemes that a machine's kernels run and the time they take: measured, or modelled.
+
+    Where latency is budgeted or minimised, and always on a machine that is not this one, a scheme
+    without a real kernel (or a time) is not offered to a layer, and `left_out` says why; without
+    one every scheme that can be stored is offered. `beside(cost)` returns the options of the
+    models of what is in memory while the network runs. Raises InvalidInputError for hardware or a
+    cost to minimise that is unknown.
     """
 
     def __init__(
-        self, spec: JobSpec, budgets: Sequence[BudgetText], store: Store, progress: Progress
+        self,
+        spec: JobSpec,
+        budgets: Sequence[BudgetText],
+        store: Store,
+        progress: Progress,
+        beside: Callable[[str], Mapping[str, int]] = lambda _: {},
     ) -> None:
-        self.device = device_fingerprint(_NUM_THREADS)
+        self._model = None if spec.hardware == LOCAL else get_hardware(spec.hardware)
+        self.device = self._model.provenance if self._model else device_fingerprint(_NUM_THREADS)
         for cost in spec.minimised:
             if cost not in COST_MODELS:
                 raise unknown("cost", cost, COST_MODELS)
-        of_time = [*spec.minimised, *(budget.cost for budget in budgets)]
-        self.times_matter = "latency" in of_time
+        self._named = {*spec.minimised, *(budget.cost for budget in budgets)}
+        self.times_matter = self._model is not None or "latency" in self._named
         self.left_out: list[str] = []
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed
         self._seconds = spec.latency_seconds
+        self._beside = beside
         self._store = store
         self._progress = progress
 
     def schemes(self, layer: Layer) -> Sequence[Scheme]:
         """Return what a layer may take; experts stay as they are where nothing else is left."""
-        asked = self._asked or default_schemes(layer) or _without_kernel(layer)
+        asked = self._asked or self._offered(layer) or _without_kernel(layer)
         reasons = {scheme: self._why_not(layer, scheme) for scheme in asked}
         self.left_out += [f"{layer.name}: {reason}" for reason in reasons.values() if reason]
         runs = [scheme for scheme, reason in reasons.items() if not reason]
         if not runs and layer.kind == "experts":
             self.left_out.append(f"{layer.name}: nothing asked for is left, it stays as it is")
-            runs = [_native(layer)]
+            runs = [native_scheme(layer.native_family)]
         if not self.times_matter:
             return runs
         if not runs:
             raise InvalidInputError(
                 "unsupported_schemes",
-                f"under a latency budget layer {layer.name!r} needs a scheme that this machine "
+                f"{self._when} layer {layer.name!r} needs a scheme that {self._machine} "
                 f"runs: {'; '.join(reasons.values())}; it runs "
-                f"{', '.join(map(str, default_schemes(layer))) or _NOTHING}",
+                f"{', '.join(map(str, self._offered(layer))) or _NOTHING}",
             )
         return runs
+
+    @property
+    def _when(self) -> str:
+        return "under a latency budget" if self._model is None else f"on {self.device}"
+
+    @property
+    def _machine(self) -> str:
+        return "this machine" if self._model is None else "it"
+
+    def _offered(self, layer: Layer) -> Sequence[Scheme]:
+        return default_schemes(layer) if self._model is None else self._model.schemes(layer)
 
     def _why_not(self, layer: Layer, scheme: Scheme) -> str:
         if layer.why_weights_only and not scheme.activations.is_native:
@@ -80,18 +105,29 @@ class Hardware:
                 f"{scheme}: a layer of kind {layer.kind!r} {layer.why_weights_only}, there are no "
                 f"activations to quantize"
             )
-        if layer.kind == "experts" and scheme == _native(layer):
+        if self._model is not None:
+            return self._model.why_not(layer, scheme)
+        if layer.kind == "experts" and scheme == native_scheme(layer.native_family):
             return ""  # its time is outside of all that is measured
         return why_no_kernel(layer, scheme) if self.times_matter else ""
 
     def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
-        """Return memory and BOPs of every cell, and measured latency where it is budgeted.
+        """Return memory and BOPs of every cell, and what else is budgeted.
 
-        Kernels already timed on this device are read from the database; each new time is in it
-        as soon as it is known.
+        Measured latency only where it is budgeted, that of another machine always. Kernels
+        already timed on this device are read from the database; each new time is in it as soon as
+        it is known.
         """
-        tables = [get_cost_model(name).table(graph, cells) for name in ("memory", "bops")]
-        if self.times_matter:
+        names = [*_ALWAYS, *(name for name in _WHERE_NAMED if name in self._named)]
+        tables = [get_cost_model(name).table(graph, cells) for name in names]
+        tables += [
+            get_cost_model(name, **self._beside(name)).table(graph, cells)
+            for name in _WHILE_RUNNING
+            if name in self._named
+        ]
+        if self._model is not None:
+            tables.append(self._model.table(graph, cells))
+        elif self.times_matter:
             tables.append(self._latency(graph, cells))
         return {table.name: table for table in tables}
 
@@ -118,10 +154,6 @@ class Hardware:
             table = model.table(graph, cells)
             listen(1.0)
         return table
-
-
-def _native(layer: Layer) -> Scheme:
-    return parse_scheme(layer.native_family)
 
 
 def _without_kernel(layer: Layer) -> tuple[Scheme, ...]:

@@ -9,9 +9,18 @@ import numpy as np
 from mpq.additivity import Additivity
 from mpq.core.frontier import Frontier
 from mpq.core.problem import Problem
+from mpq.core.provenance import cost_label
 from mpq.result import SearchResult
 
-_SCALES = {"bytes": (1e6, "MB"), "s": (1e-3, "ms"), "bitops": (1e9, "GBOPs"), "J": (1e-3, "mJ")}
+_SCALES = {
+    "bytes": (1e6, "MB"),
+    "s": (1e-3, "ms"),
+    "bitops": (1e9, "GBOPs"),
+    "J": (1e-3, "mJ"),
+    "MACs": (1e6, "MMACs"),
+    "LUTs": (1e3, "kLUTs"),
+}
+_NOT_DRAWN = ("bops", "macs")
 # Blue to yellow: tells bits apart without red and green, and in print.
 _BIT_COLOURS = "Cividis"
 # Blue cancels, orange reinforces: a pair that colour-blind readers tell apart.
@@ -22,9 +31,11 @@ def plots(result: SearchResult) -> list[dict[str, str]]:
     """Return the title and the HTML of each plot; the first carries the plotting library."""
     import plotly.io
 
-    frontiers = [name for name in result.problem.costs if name != "bops"]
+    costs = result.problem.costs
+    frontiers = [name for name in costs if name not in _NOT_DRAWN]
     figures = [
-        (f"Predicted loss against {name}", _frontier_figure(result, name)) for name in frontiers
+        (f"Predicted loss against {cost_label(costs[name])}", _frontier_figure(result, name))
+        for name in frontiers
     ]
     if {"memory", "latency"} <= set(frontiers):
         figures.append(("Predicted loss within both budgets", _surface_figure(result)))
@@ -82,7 +93,7 @@ def _frontier_figure(result: SearchResult, cost: str) -> Any:
     for budget in result.solution.budgets:
         if budget.cost == cost:
             figure.add_vline(x=budget.limit / scale, line_dash="dash", annotation_text="budget")
-    figure.update_layout(xaxis_title=f"{cost} ({unit})", yaxis_title="predicted loss")
+    figure.update_layout(xaxis_title=f"{cost_label(table)}, {unit}", yaxis_title="predicted loss")
     figure.update_yaxes(type="log", exponentformat="power")
     return _styled(figure)
 
@@ -119,9 +130,10 @@ def _surface_figure(result: SearchResult) -> Any:
         marker={"symbol": "star", "size": 15, "color": "#d95f02"},
         name="chosen",
     )
+    names = [cost_label(result.problem.costs[cost]) for cost in found.costs]
     figure.update_layout(
-        xaxis_title=f"{found.costs[0]} budget ({x_unit})",
-        yaxis_title=f"{found.costs[1]} budget ({y_unit}); blank: nothing fits",
+        xaxis_title=f"{names[0]} budget, {x_unit}",
+        yaxis_title=f"{names[1]} budget, {y_unit}; blank: nothing fits",
     )
     return _styled(figure)
 

@@ -76,9 +76,14 @@ def _load_qualities(sources: Mapping[str, Any]) -> dict[str, Quality]:
     }
 
 
+def sample_of(given: Given) -> Batch:
+    """Return the sample: the user's, or the first calibration sample alone."""
+    return cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
+
+
 def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
-    """Trace the network on the sample: the user's, or the first calibration sample alone."""
-    sample = cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
+    """Trace the network on the sample."""
+    sample = sample_of(given)
     with evaluating(given.model), torch.no_grad():
         checked_call(given.model, sample, "the sample", finite=False)
     return build_graph(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpq.core.errors import InvalidInputError, unknown
@@ -91,26 +92,77 @@ def load_model(source: nn.Module | str) -> nn.Module:
     return model
 
 
-def _from_directory(directory: Path) -> nn.Module:
-    if not (directory / "config.json").exists():
+def load_shapes(source: nn.Module | str) -> nn.Module:
+    """Return a network for its shapes alone: one of a Hugging Face config has no weights (meta).
+
+    A directory needs its config.json only; an entry point may return a config or a network.
+    """
+    if isinstance(source, str) and Path(source).is_dir():
+        return _on_meta(_read_config(Path(source)), source)
+    if isinstance(source, str) and ":" in source:
+        made = called(load_entry_point(source, "model"), f"model {source!r}")
+        if not isinstance(made, nn.Module) and hasattr(made, "model_type"):
+            return _on_meta(made, source)
+        if isinstance(made, nn.Module):
+            return made
         raise InvalidInputError(
-            "model", f"{directory} has no config.json: not a Hugging Face model directory"
+            "model", f"{source!r} returned a {type(made).__name__}, not a config or an nn.Module"
         )
+    return load_model(source)
+
+
+def _on_meta(config: Any, source: str) -> nn.Module:
+    """Build what a config describes on the meta device, in the config's own number type."""
+    transformers = _transformers()
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    dtype = getattr(config, "dtype", None) or torch.float32
+    options = {"dtype": dtype, "attn_implementation": "eager"}
+    try:
+        with torch.device("meta"):
+            model: nn.Module = (
+                cls._from_config(config, **options)
+                if cls is not None
+                else transformers.AutoModelForCausalLM.from_config(config, **options)
+            )
+    except Exception as error:
+        raise InvalidInputError("model", f"cannot build {source}: {_one_line(error)}") from error
+    return model.eval()
+
+
+def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
         raise InvalidInputError(
             "model", "Hugging Face directories need transformers: pip install transformers"
         ) from error
+    return transformers
+
+
+def _read_config(directory: Path) -> Any:
+    if not (directory / "config.json").exists():
+        raise InvalidInputError(
+            "model", f"{directory} has no config.json: not a Hugging Face model directory"
+        )
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        architectures = getattr(config, "architectures", None) or []
+        return _transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
+    except InvalidInputError:
+        raise
+    except Exception as error:  # of many kinds: unknown model types, broken files
+        raise InvalidInputError("model", f"cannot load {directory}: {_one_line(error)}") from error
+
+
+def _from_directory(directory: Path) -> nn.Module:
+    config, transformers = _read_config(directory), _transformers()
+    architectures = getattr(config, "architectures", None) or []
+    try:
         cls = getattr(transformers, architectures[0], None) if architectures else None
         # Written-out attention differentiates twice on any device; remote code is never run.
         model: nn.Module = (cls or transformers.AutoModel).from_pretrained(
             directory, local_files_only=True, attn_implementation="eager", trust_remote_code=False
         )
-    except Exception as error:  # of many kinds: unknown model types, missing or broken files
+    except Exception as error:  # of many kinds: missing or broken files
         raise InvalidInputError("model", f"cannot load {directory}: {_one_line(error)}") from error
     return model
 

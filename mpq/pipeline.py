@@ -29,12 +29,13 @@ from mpq.decoupled import check_groups, decoupled
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.export.packed import write_packed
 from mpq.frontiers import keep_frontiers
-from mpq.intake import Given, graph_of, load, make_workload
+from mpq.intake import Given, graph_of, load, make_workload, sample_of
 from mpq.limited import against_unquantized
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
 from mpq.progress import Bars, Progress, Silent
+from mpq.residency import bytes_beside
 from mpq.result import SearchResult
 from mpq.scoring import relinearise, score
 from mpq.store.store import Store, open_store
@@ -70,7 +71,7 @@ def search(
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
     limits: Sequence[str] = (),
-    hardware: Literal["local"] = "local",
+    hardware: str = "local",
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     num_probes: int = 2,
@@ -93,8 +94,10 @@ def search(
     and `held_out` are lists of batches or entry points of functions that return them; `sample`
     is one batch of the shape that will be served (default: one calibration sample), which MACs
     and latency are for. Budgets are texts such as "memory <= 60%", "latency <= 3 ms",
-    "memory <= uniform int4" or Budget records. `schemes` defaults to what this machine's kernels
-    run. `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
+    "memory <= uniform int4" or Budget records. `schemes` defaults to what the hardware runs:
+    "local" is this machine, measured; "roofline:H100" a model of one that is not here,
+    "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
+    `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
     unit length, else kl of logits). `clip` is how weight ranges are cut. `quality` is {name:
     function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
@@ -113,10 +116,6 @@ def search(
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
     """
-    if hardware != "local":
-        raise InvalidInputError(
-            "hardware", f"hardware is 'local' (this machine's kernels), got {hardware!r}"
-        )
     if budgets is None and minimise is None:
         raise InvalidInputError(
             "budgets",
@@ -152,6 +151,7 @@ def search(
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
+        hardware=hardware,
         quality={quality_name: _text(q) for quality_name, q in (quality or {}).items()},
         quality_groups=given_groups(quality_groups),
         limits=tuple(limits),
@@ -217,7 +217,8 @@ def run(
             get_solver(spec.solver)
         check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
-        hardware = Hardware(spec, budgets, store, progress)
+        beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
+        hardware = Hardware(spec, budgets, store, progress, beside)
         workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
         check_groups(spec, workload.graph)
         run_id = store.create_run(spec, hardware.device)

@@ -11,6 +11,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.provenance import cost_label
 from mpq.core.quantities import quantity, with_error
 from mpq.core.stability import SURE
 from mpq.core.tables import CostTable
@@ -59,7 +60,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         stability=result.stability() if usual_draws(result.problem) else None,
         sure=f"{SURE:.0%}",
         sensitivity=result.problem.sensitivity.metric,
-        costs=list(result.problem.costs),
+        costs=[cost_label(table) for table in result.problem.costs.values()],
     )
     path.write_text(page, encoding="utf-8")
     return path
@@ -84,7 +85,7 @@ def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:
 def _budget_row(table: CostTable, limits: dict[str, Any], total: str) -> dict[str, str]:
     budget = limits.get(table.name)
     return {
-        "cost": table.name,
+        "cost": cost_label(table),
         "total": total,
         "limit": "-" if budget is None else quantity(budget.limit, table.unit),
         "text": "" if budget is None else budget.text,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from mpq.additivity import additivity
 from mpq.along import along, along_table, given_problem
+from mpq.console import new_console as _console
 from mpq.core.budgets import Budget
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
@@ -20,6 +20,7 @@ from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.provenance import cost_label, modelled_note, sources
 from mpq.core.quantities import quantity, with_error
 from mpq.core.referee import RefereeReport
 from mpq.core.risk import quantile
@@ -79,6 +80,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
+        "costs_from": None if result is None else sources(result.problem.costs),
         "shadow_prices": None if result is None else worth_view(result.problem, result.solution),
         "additivity": None if result is None else result.additivity().view(),
         "stability": None if stability is None else stability_view(stability),
@@ -111,8 +113,11 @@ def print_solution(
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.told)
     if as_json:
-        view = solution_view(solution) | {"shadow_prices": worth_view(problem, solution)}
-        print(json.dumps(view, indent=2))
+        more = {
+            "costs_from": sources(problem.costs),
+            "shadow_prices": worth_view(problem, solution),
+        }
+        print(json.dumps(solution_view(solution) | more, indent=2))
         return
     console = _console()
     console.print(_units_table(graph, problem, solution.allocation))
@@ -147,8 +152,9 @@ def print_frontier(problem: Problem, found: Frontier, as_json: bool = False) -> 
         print(json.dumps([solution_view(solution) for solution in found.solutions], indent=2))
         return
     others = [name for name in problem.costs if name != found.cost]
-    table = Table(f"{found.cost} <=", box=None, header_style="bold")
-    for column in (found.cost, *others, "predicted loss", "gap", "mean bits"):
+    names = [cost_label(problem.costs[name]) for name in (found.cost, *others)]
+    table = Table(f"{names[0]} <=", box=None, header_style="bold")
+    for column in (*names, "predicted loss", "gap", "mean bits"):
         table.add_column(column, justify="right")
     for solution in found.solutions:
         limit = next(b.limit for b in solution.budgets if b.cost == found.cost)
@@ -174,7 +180,8 @@ def print_surface(problem: Problem, found: Surface, as_json: bool = False) -> No
         print(json.dumps({"limits": limits, "solutions": rows}, indent=2))
         return
     first, second = (problem.costs[name].unit for name in found.costs)
-    table = Table(f"{found.costs[1]} <=", box=None, header_style="bold")
+    names = [cost_label(problem.costs[name]) for name in found.costs]
+    table = Table(f"{names[1]} <=", box=None, header_style="bold")
     for limit in found.limits[0]:
         table.add_column(quantity(limit, first, digits=3), justify="right")
     for j in reversed(range(len(found.limits[1]))):
@@ -186,7 +193,7 @@ def print_surface(problem: Problem, found: Surface, as_json: bool = False) -> No
     solved = [s for row in found.solutions for s in row if s is not None]
     gap = max((s.gap for s in solved), default=0.0)
     table.caption = (
-        f"predicted loss; columns: {found.costs[0]} <=; {len(solved)} of "
+        f"predicted loss; columns: {names[0]} <=; {len(solved)} of "
         f"{len(found.limits[0]) * len(found.limits[1])} can be met, proven within {gap:.1g}"
     )
     _console().print(table)
@@ -291,14 +298,6 @@ def _finite(value: float) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _console() -> Console:
-    """Return a console that prints names as they are: "[b]" in one is no markup."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
-
-
 def _coverage_line(graph: LayerGraph) -> str:
     left = sorted(graph.unsearched, key=lambda part: -part.bytes)
     largest = f"; largest left out: {left[0].name} ({left[0].reason})" if left else ""
@@ -313,7 +312,7 @@ def _units_table(graph: LayerGraph, problem: Problem, allocation: Allocation | N
     for column in ("predicted loss", "±"):
         table.add_column(column, justify="right")
     for cost in problem.costs.values():
-        table.add_column(cost.name, justify="right")
+        table.add_column(cost_label(cost), justify="right")
     layers = graph.by_name
     for unit in graph.units:
         assert allocation is not None
@@ -340,6 +339,8 @@ def _budget_table(problem: Problem, solution: Solution) -> Table:
     table = _cost_table(problem, solution.allocation, solution.budgets, solution.risk)
     proof = f"gap {solution.gap:.2g}" if solution.gap < float("inf") else "no bound"
     table.caption = f"{solution.status} by {solution.solver}, {proof}, {solution.seconds:.3f} s"
+    if note := modelled_note(problem.costs.values()):
+        table.caption += f"; {note}"
     return table
 
 
@@ -359,7 +360,7 @@ def _cost_table(
         share = f"{total / cost.baseline:.1%}" if cost.baseline > 0 else "-"
         chosen = with_error(total, cost.half_width(choice), cost.unit)
         upper = () if risk is None else (quantity(quantile(cost, choice, risk), cost.unit),)
-        table.add_row(name, chosen, *upper, limit, whole, share)
+        table.add_row(cost_label(cost), chosen, *upper, limit, whole, share)
     return table
 
 

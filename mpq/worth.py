@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mpq.core.problem import Problem, Solution
+from mpq.core.provenance import modelled_note
 from mpq.core.shadow import Alternative
 from solvers.shadow import shadow_prices
 
@@ -16,7 +17,9 @@ def worth_lines(problem: Problem, solution: Solution) -> list[str]:
     found = shadow_prices(problem, solution)
     if not found.budgets:
         return []
-    return [f"budgets, at the least score of {found.optimum.score:.4g}:", *found.told()]
+    note = modelled_note(problem.costs[budget.cost] for budget in found.budgets)
+    told = f" ({note})" if note else ""
+    return [f"budgets, at the least score of {found.optimum.score:.4g}{told}:", *found.told()]
 
 
 def worth_view(problem: Problem, solution: Solution) -> list[dict[str, Any]]:

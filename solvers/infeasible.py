@@ -11,6 +11,7 @@ import numpy as np
 from mpq.core.budgets import Budget, BudgetText
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Conflict, Infeasibility, Problem
+from mpq.core.provenance import modelled_note
 from mpq.core.quantities import percent, quantity
 from solvers.conflict import in_conflict, irreducible, raised_together
 from solvers.exact import Minimise, minimise
@@ -54,6 +55,8 @@ def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -
         names, message = joint, told.together(joint, relaxed)
     else:
         names, message = list(limits), told.several(smallest)
+    if note := modelled_note(problem.costs[cost] for cost in limits):
+        message += f" ({note})"
     conflicts = in_conflict(problem, by, time_limit_s)
     blamed = [cost for conflict in conflicts for cost in conflict.budgets]
     raised = raised_together(problem, blamed)

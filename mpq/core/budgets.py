@@ -25,6 +25,8 @@ _UNITS: dict[str, dict[str, float]] = {
     "s": {"s": 1, "ms": 1e-3, "us": 1e-6},
     "bitops": {"bitops": 1, "MBOPs": 1e6, "GBOPs": 1e9, "TBOPs": 1e12},
     "J": {"J": 1, "mJ": 1e-3, "uJ": 1e-6},
+    "MACs": {"MACs": 1, "MMACs": 1e6, "GMACs": 1e9},
+    "LUTs": {"LUTs": 1, "kLUTs": 1e3},
 }
 _BUDGET = re.compile(
     r"\s*(?P<cost>[\w-]+)\s*<=\s*"
@@ -48,7 +50,16 @@ class Budget:
             )
 
 
-_COST_UNITS = {"memory": "bytes", "latency": "s", "bops": "bitops", "energy": "J"}
+_COST_UNITS = {
+    "memory": "bytes",
+    "latency": "s",
+    "bops": "bitops",
+    "energy": "J",
+    "macs": "MACs",
+    "luts": "LUTs",
+    "resident": "bytes",
+    "peak": "bytes",
+}
 
 
 def budget_text(budget: Budget) -> str:

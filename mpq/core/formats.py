@@ -198,3 +198,8 @@ def parse_scheme(text: str) -> Scheme:
         parse_format(weights, "weights"),
         parse_format(activations, "activations") if colon else FP32,
     )
+
+
+def native_scheme(family: str) -> Scheme:
+    """Return the scheme in which a layer whose weights are of a native family is as it is."""
+    return Scheme(parse_format(family))

@@ -73,6 +73,20 @@ class CostModel(Protocol):
         """Return the cost of every cell."""
 
 
+class LatencyModel(CostModel, Protocol):
+    """Times of a machine that need not be here: modelled, or given by the user."""
+
+    @property
+    def provenance(self) -> str:
+        """What its tables are marked with."""
+
+    def schemes(self, layer: Layer) -> Sequence[Scheme]:
+        """Return what is worth trying for a layer."""
+
+    def why_not(self, layer: Layer, scheme: Scheme) -> str:
+        """Return why a layer has no time in a scheme, "" where it has one."""
+
+
 class Solver(Protocol):
     """Chooses one cell per unit: one file under `solvers/`."""
 

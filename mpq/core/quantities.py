@@ -9,6 +9,8 @@ _SCALES: dict[str, tuple[tuple[str, str], ...]] = {
     "s": (("s", "1"), ("ms", "1e-3"), ("us", "1e-6")),
     "bitops": (("TBOPs", "1e12"), ("GBOPs", "1e9"), ("MBOPs", "1e6"), ("bitops", "1")),
     "J": (("J", "1"), ("mJ", "1e-3"), ("uJ", "1e-6")),
+    "MACs": (("GMACs", "1e9"), ("MMACs", "1e6"), ("MACs", "1")),
+    "LUTs": (("kLUTs", "1e3"), ("LUTs", "1")),
 }
 
 
@@ -28,7 +30,9 @@ def quantity(value: float, unit: str, *, digits: int = 4, up: bool = False) -> s
         number = number.to_integral_value(context.rounding)
     if number != number.to_integral_value():
         return f"{number.normalize():f} {name}"
-    counted = name in ("B", "bitops") or number == 0 or abs(number) >= 10 ** (digits - 1)
+    counted = (
+        name in ("B", "bitops", "MACs", "LUTs") or number == 0 or abs(number) >= 10 ** (digits - 1)
+    )
     return f"{number:.{0 if counted else 1}f} {name}"
 
 

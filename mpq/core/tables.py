@@ -210,7 +210,7 @@ class CostTable:
     """
 
     name: str
-    unit: str  # "bytes" | "s" | "bitops" | "J"
+    unit: str  # "bytes" | "s" | "bitops" | "J" | "MACs" | "LUTs"
     cells: Cells
     values: Floats
     low: Floats
