@@ -163,6 +163,31 @@ def test_a_file_for_another_network_names_what_it_does_not_have(tmp_path: Path) 
         assert re.search(r"layers\\*\.1|blk\\*\.1", str(caught.value)), (target, caught.value)
 
 
+@pytest.mark.parametrize("target", ["mpq", "compressed-tensors", "gguf", "nncf"])
+def test_the_name_of_a_wrapper_is_taken_off(target: str, tmp_path: Path) -> None:
+    wrapped = replace(
+        GRAPH,
+        layers=tuple(
+            replace(la, name=f"net.{la.name}", weight_id=f"net.{la.weight_id}")
+            for la in GRAPH.layers
+        ),
+        units=tuple(
+            Unit(name=f"net.{unit.name}", layers=tuple(f"net.{name}" for name in unit.layers))
+            for unit in GRAPH.units
+        ),
+    )
+    text = "int4" if target == "nncf" else "int4g32"
+    pinned = frozenset({"net.model.layers.0.mlp.down_proj"})
+    chosen = replace(allocated(wrapped, text, layers__1__mlp__down_proj="fp32"), pinned=pinned)
+    path = export_allocation(target, chosen, tmp_path / "file", strip="net.")
+    assert "net." not in path.read_text()
+    plain = allocated(GRAPH, text, layers__1__mlp__down_proj="fp32").schemes
+    assert import_allocation(target, path, GRAPH) == plain
+    assert import_allocation(target, path, wrapped, strip="net.") == chosen.schemes
+    with pytest.raises(InvalidInputError, match=r"no layer's name starts with 'other\.'"):
+        export_allocation(target, chosen, tmp_path / "file", strip="other.")
+
+
 # --- rules -----------------------------------------------------------------------------------
 
 LINEAR, K_LINEAR, CONV = (
