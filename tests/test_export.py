@@ -130,6 +130,27 @@ def test_no_file_of_a_target_is_one_line(target: str, tmp_path: Path) -> None:
         import_allocation(target, tmp_path / "absent", GRAPH)
 
 
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(target: str, tmp_path: Path) -> None:
+    path, draw = tmp_path / "file", random.Random(0)
+    uniform = {"hawq": "int8:int8", "onnxruntime": "int8:int8", "nncf": "int4"}
+    chosen = allocated(
+        default=uniform.get(target, "int4g64" if "modelopt" in target else "int4g32")
+    )
+    whole = export_allocation(target, chosen, path).read_text()
+    refused = []
+    for _ in range(100):
+        at, size = draw.randrange(len(whole)), draw.choice((1, 3, 20))
+        other = draw.choice(("", "3", '"', "[", "null", "*", "(", "fc"))
+        path.write_text(whole[:at] + other + whole[at + size :])
+        try:
+            import_allocation(target, path, GRAPH)
+        except InvalidInputError as error:
+            refused.append(str(error))
+    assert len(refused) >= 20
+    assert not any("\n" in message for message in refused)
+
+
 def test_an_unknown_target_is_told_with_the_nearest() -> None:
     with pytest.raises(InvalidInputError, match="did you mean 'torchao'"):
         export_allocation("torch-ao", allocated(), "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,16 @@ from mpq.core.problem import Allocation
 from mpq.core.protocols import Exporter
 from mpq.export.names import chosen_without, graph_without
 from mpq.export.rules import as_it_is, check_runs
+
+_MALFORMED = (
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    re.error,
+)
 
 EXPORTERS: dict[str, str] = {
     "mpq": "mpq.export.allocation_json:AllocationJson",
@@ -72,8 +83,8 @@ def import_allocation(
     """Return the scheme that a target's file gives to each searched layer of a network.
 
     Layers it leaves alone keep the format they have; `strip` is a prefix of the network's names
-    that the file does without. Raises InvalidInputError for a file that
-    cannot be read, names other layers or holds what no scheme stands for.
+    that the file does without. Raises InvalidInputError for a file that cannot be read, names other
+    layers or holds what no scheme stands for.
     """
     exporter, named = get_exporter(target, **options), graph_without(strip, graph)
     try:
@@ -82,9 +93,10 @@ def import_allocation(
         raise InvalidInputError("import", f"cannot read {path}: {error}") from error
     try:
         found = exporter.read(text, named)
-    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+    except _MALFORMED as error:
+        told = " ".join(str(error).split())
         raise InvalidInputError(
-            "import", f"{path} is no file of {target}: {type(error).__name__} {error}"
+            "import", f"{path} is no file of {target}: {type(error).__name__} {told}"
         ) from error
     if other := sorted(set(found) - set(named.by_name)):
         raise InvalidInputError(
