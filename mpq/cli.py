@@ -286,6 +286,7 @@ def export_run(
     out: Annotated[
         Path | None, typer.Option(help="The file (default: mpq-TARGET with its suffix, here).")
     ] = None,
+    strip: Annotated[str, typer.Option(help="Taken off the names of layers: 'encoder.'")] = "",
     storage: Storage = None,
 ) -> None:
     """Write the chosen allocation as another tool reads it; loads no model."""
@@ -295,7 +296,7 @@ def export_run(
 
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
-        typer.echo(str(result.export(to, out)))
+        typer.echo(str(result.export(to, out, strip=strip)))
 
 
 @database.command("upgrade")

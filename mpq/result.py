@@ -262,8 +262,9 @@ class SearchResult:
         """Write the chosen allocation as another tool reads it and return the path.
 
         Targets are those of mpq.export.EXPORTERS, for example "compressed-tensors"; the default
-        path is "mpq-TARGET" with its suffix, here. Raises InvalidInputError, before anything is
-        written, where the target cannot run a layer as chosen.
+        path is "mpq-TARGET" with its suffix, here; `strip="encoder."` takes that off the names of
+        layers. Raises InvalidInputError, before anything is written, where the target cannot run
+        a layer as chosen.
         """
         from mpq.export import export_allocation
 

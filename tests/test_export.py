@@ -130,6 +130,27 @@ def test_no_file_of_a_target_is_one_line(target: str, tmp_path: Path) -> None:
         import_allocation(target, tmp_path / "absent", GRAPH)
 
 
+@pytest.mark.parametrize("target", EXPORTERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(target: str, tmp_path: Path) -> None:
+    path, draw = tmp_path / "file", random.Random(0)
+    uniform = {"hawq": "int8:int8", "onnxruntime": "int8:int8", "nncf": "int4"}
+    chosen = allocated(
+        default=uniform.get(target, "int4g64" if "modelopt" in target else "int4g32")
+    )
+    whole = export_allocation(target, chosen, path).read_text()
+    refused = []
+    for _ in range(100):
+        at, size = draw.randrange(len(whole)), draw.choice((1, 3, 20))
+        other = draw.choice(("", "3", '"', "[", "null", "*", "(", "fc"))
+        path.write_text(whole[:at] + other + whole[at + size :])
+        try:
+            import_allocation(target, path, GRAPH)
+        except InvalidInputError as error:
+            refused.append(str(error))
+    assert len(refused) >= 20
+    assert not any("\n" in message for message in refused)
+
+
 def test_an_unknown_target_is_told_with_the_nearest() -> None:
     with pytest.raises(InvalidInputError, match="did you mean 'torchao'"):
         export_allocation("torch-ao", allocated(), "x")
@@ -161,6 +182,31 @@ def test_a_file_for_another_network_names_what_it_does_not_have(tmp_path: Path) 
         with pytest.raises(InvalidInputError) as caught:
             import_allocation(target, path, smaller)
         assert re.search(r"layers\\*\.1|blk\\*\.1", str(caught.value)), (target, caught.value)
+
+
+@pytest.mark.parametrize("target", ["mpq", "compressed-tensors", "gguf", "nncf"])
+def test_the_name_of_a_wrapper_is_taken_off(target: str, tmp_path: Path) -> None:
+    wrapped = replace(
+        GRAPH,
+        layers=tuple(
+            replace(la, name=f"net.{la.name}", weight_id=f"net.{la.weight_id}")
+            for la in GRAPH.layers
+        ),
+        units=tuple(
+            Unit(name=f"net.{unit.name}", layers=tuple(f"net.{name}" for name in unit.layers))
+            for unit in GRAPH.units
+        ),
+    )
+    text = "int4" if target == "nncf" else "int4g32"
+    pinned = frozenset({"net.model.layers.0.mlp.down_proj"})
+    chosen = replace(allocated(wrapped, text, layers__1__mlp__down_proj="fp32"), pinned=pinned)
+    path = export_allocation(target, chosen, tmp_path / "file", strip="net.")
+    assert "net." not in path.read_text()
+    plain = allocated(GRAPH, text, layers__1__mlp__down_proj="fp32").schemes
+    assert import_allocation(target, path, GRAPH) == plain
+    assert import_allocation(target, path, wrapped, strip="net.") == chosen.schemes
+    with pytest.raises(InvalidInputError, match=r"no layer's name starts with 'other\.'"):
+        export_allocation(target, chosen, tmp_path / "file", strip="other.")
 
 
 # --- rules -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,18 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Exporter
+from mpq.export.names import chosen_without, graph_without
 from mpq.export.rules import as_it_is, check_runs
+
+_MALFORMED = (
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    re.error,
+)
 
 EXPORTERS: dict[str, str] = {
     "mpq": "mpq.export.allocation_json:AllocationJson",
@@ -40,16 +52,24 @@ def get_exporter(target: str, **options: Any) -> Exporter:
 
 
 def export_allocation(
-    target: str, chosen: Chosen, path: str | Path | None = None, **options: Any
+    target: str,
+    chosen: Chosen,
+    path: str | Path | None = None,
+    *,
+    strip: str = "",
+    **options: Any,
 ) -> Path:
     """Write an allocation for a target and return the path; default "mpq-TARGET" here.
 
+    `strip` is taken off the names of layers: "encoder." where the search saw the network as a part
+    of another module and the target loads it alone. `options` are those of the exporter.
     Raises InvalidInputError, before anything is written, for what the target cannot run.
     """
     exporter = get_exporter(target, **options)
     place = Path(f"mpq-{target}{exporter.suffix}") if path is None else Path(path)
-    check_runs(exporter, chosen)
-    text = exporter.text(chosen)
+    named = chosen_without(strip, chosen)
+    check_runs(exporter, named)
+    text = exporter.text(named)
     try:
         place.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -58,32 +78,34 @@ def export_allocation(
 
 
 def import_allocation(
-    target: str, path: str | Path, graph: LayerGraph, **options: Any
+    target: str, path: str | Path, graph: LayerGraph, *, strip: str = "", **options: Any
 ) -> Mapping[LayerName, Scheme]:
     """Return the scheme that a target's file gives to each searched layer of a network.
 
-    Layers it leaves alone keep the format they have. Raises InvalidInputError for a file that
-    cannot be read, names other layers or holds what no scheme stands for.
+    Layers it leaves alone keep the format they have; `strip` is a prefix of the network's names
+    that the file does without. Raises InvalidInputError for a file that cannot be read, names other
+    layers or holds what no scheme stands for.
     """
-    exporter = get_exporter(target, **options)
+    exporter, named = get_exporter(target, **options), graph_without(strip, graph)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("import", f"cannot read {path}: {error}") from error
     try:
-        found = exporter.read(text, graph)
-    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        found = exporter.read(text, named)
+    except _MALFORMED as error:
+        told = " ".join(str(error).split())
         raise InvalidInputError(
-            "import", f"{path} is no file of {target}: {type(error).__name__} {error}"
+            "import", f"{path} is no file of {target}: {type(error).__name__} {told}"
         ) from error
-    layers = graph.by_name
-    if other := sorted(set(found) - set(layers)):
+    if other := sorted(set(found) - set(named.by_name)):
         raise InvalidInputError(
             "import", f"{path} names layer {other[0]!r}, which the network does not have"
         )
+    layers = graph.by_name
     return Allocation(
         {
-            name: found.get(name, as_it_is(layers[name]))
+            name: found.get(name.removeprefix(strip), as_it_is(layers[name]))
             for unit in graph.units
             for name in unit.layers
         }
