@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mpq.core.constraints import Constraint
-from mpq.core.problem import Problem, Status
+from mpq.core.problem import Budget, Problem, Status
+from mpq.core.tables import Cells, CostTable, SensitivityTable
 from solvers.auto import Auto, _undominated
 from solvers.check import check
 from solvers.core import Core, Limits
@@ -22,6 +23,7 @@ from solvers.ilp import Ilp
 from solvers.knapsack import fitting
 from solvers.lagrange import maximise_dual
 from solvers.relaxation import relax
+from tests.builders import schemes
 from tests.test_hawqv3 import DATA, hawq, limit_of
 from tests.test_solvers import drawn, made
 
@@ -213,3 +215,22 @@ def test_a_cell_of_equal_score_takes_no_place_that_breaks_another_condition() ->
 
 def solve_both(problem: Problem) -> list[float]:
     return [check(problem, Auto(few_cells=few).solve(problem)).score for few in (0, 10**6)]
+
+
+@pytest.mark.slow
+def test_a_million_units_with_one_choice() -> None:
+    units = 1_000_000
+    cells = Cells(units=tuple(f"unit{u}" for u in range(units)), schemes=(schemes("int4"),) * units)
+    ones = np.ones(units)
+    problem = Problem(
+        sensitivity=SensitivityTable(metric="made", cells=cells, values=ones, stderr=0 * ones),
+        costs={"memory": CostTable.exact("memory", "bytes", cells, ones)},
+        budgets=(Budget("memory", 1e6),),
+    )
+    solution = Own().solve(problem)
+    assert (solution.status, solution.score, solution.gap) == (Status.OPTIMAL, 1e6, 0.0)
+    tight = Own().solve(problem.with_budgets([Budget("memory", 999_999.0)]))
+    assert tight.status is Status.INFEASIBLE
+    assert tight.infeasibility is not None
+    assert tight.infeasibility.smallest == {"memory": 1e6}
+    assert "no unit has a choice" in tight.infeasibility.message
