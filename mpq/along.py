@@ -13,6 +13,7 @@ from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import JobSpec
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Problem
+from mpq.core.provenance import cost_label
 from mpq.core.quantities import quantity
 from mpq.result import SearchResult, stated
 from solvers.risk import at_risk
@@ -46,7 +47,10 @@ def along(
         row = Along(
             candidate=e.candidate,
             chosen=e.allocation == chosen,
-            totals={cost: quantity(t, problem.costs[cost].unit) for cost, t in totals.items()},
+            totals={
+                cost_label(problem.costs[c]): quantity(t, problem.costs[c].unit)
+                for c, t in totals.items()
+            },
             meets=all(limit.met(metrics[limit.metric]) for limit in limits),
             metrics=metrics,
         )

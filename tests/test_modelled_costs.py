@@ -150,6 +150,21 @@ def test_energy_is_a_budget(store: Store) -> None:
     assert "latency" not in result.problem.costs
 
 
+def test_modelled_costs_are_minimised(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    result = search(
+        store,
+        budgets=None,
+        minimise={"energy": 1e6, "latency": 1.0},
+        limits=["kl <= 10"],
+        hardware="roofline:T4",
+        schemes=["fp32", "int8:int8"],
+    )
+    assert set(map(str, result.allocation.values())) == {"int8:int8"}
+    print_run(store, result.run_id)
+    shown = capsys.readouterr().out
+    assert "measured along energy (modelled) and latency (modelled)" in " ".join(shown.split())
+
+
 def test_luts_and_macs_are_budgets(store: Store) -> None:
     result = search(
         store, budgets=["luts <= 20%", "macs <= 100%"], schemes=["int8:int8", "int4:int8"]
