@@ -8,6 +8,8 @@ from typing import Any
 
 from mpq.core.quantities import quantity, with_error
 
+DEPLOYED = "deployment"  # the kind of event that keeps one with a run
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
@@ -70,6 +72,11 @@ class Deployment:
             f"original by {self.quantization:.2g}",
             f"takes {took}, {self.speed_up:.2f} times as fast as fp32 with {whole}",
         ]
+
+    def view(self) -> dict[str, Any]:
+        """Return plain data, with what follows from it."""
+        derived = {"speed_up": self.speed_up, "latency_error": self.latency_error}
+        return asdict(self) | derived
 
     def text(self) -> str:
         """Return the text that `from_text` reads back."""

@@ -65,7 +65,7 @@ def export_marked(
             torch.onnx.export(
                 served,
                 served.tensors,
-                stream,
+                stream,  # type: ignore[arg-type]
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=list(served.names),
@@ -134,7 +134,7 @@ def _marking(model: nn.Module, names: Sequence[LayerName]) -> Iterator[set[Layer
         return marked
 
     modules = {name: model.get_submodule(name) for name in names}
-    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    own: dict[LayerName, Any] = {n: vars(module).get("forward") for n, module in modules.items()}
     try:
         for name, module in modules.items():
             module.forward = marking(name, module.forward)

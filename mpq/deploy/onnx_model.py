@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import PerGroup, PerTensor
 from mpq.core.layers import LayerName
-from mpq.deploy.marked import ATTRIBUTE, DOMAIN, MarkedGraph
+from mpq.deploy.marked import ATTRIBUTE, DOMAIN, OPSET, MarkedGraph
 from mpq.deploy.placed import Limits, Placed
 from mpq.nn.quantizers import IntegerWeight
 
@@ -77,11 +77,11 @@ def with_kernels(marked: MarkedGraph, placed: Mapping[LayerName, Placed]) -> byt
             raise InvalidInputError(
                 "no_node", f"layer {layer!r} has no ONNX node: nothing of it reaches the output"
             )
-    _replace_nodes(model, nodes)
+    _check_weights(model, placed)
+    _replace_nodes(model, nodes, arrays)
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
     del model.opset_import[:]
-    opset = max(o.version for o in onnx.load_from_string(marked.serialized).opset_import if not o.domain)
-    model.opset_import.extend([helper.make_opsetid("", opset), helper.make_opsetid(_MICROSOFT, 1)])
+    model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)])
     if model.ByteSize() > _LARGEST:
         raise InvalidInputError(
             "model_size", f"the ONNX model takes {model.ByteSize()} bytes: one file holds 2 GB"
@@ -99,12 +99,24 @@ def stored_bytes(serialized: bytes) -> int:
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
 
 
-def _replace_nodes(model: Any, nodes: list[Any]) -> None:
+def _check_weights(model: Any, placed: Mapping[LayerName, Placed]) -> None:
+    """Raise InvalidInputError where a quantized weight is read by more than its layers."""
+    outside = {tensor.name.removeprefix(_PREFIX) for tensor in model.graph.initializer}
+    for layer, p in placed.items():
+        if p.layer.weight_id in outside and not p.scheme.weights.is_native:
+            raise InvalidInputError(
+                "no_node",
+                f"the weight of layer {layer!r} is read outside of its layers too, where no node "
+                f"can be replaced: pin it to fp32",
+            )
+
+
+def _replace_nodes(model: Any, nodes: list[Any], arrays: Arrays) -> None:
     """Put other nodes in a model and give its arrays the names that they have in the network."""
     names = {
         tensor.name: tensor.name.removeprefix(_PREFIX)
         for tensor in model.graph.initializer
-        if tensor.name.startswith(_PREFIX)
+        if tensor.name.startswith(_PREFIX) and tensor.name.removeprefix(_PREFIX) not in arrays
     }
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
@@ -132,8 +144,8 @@ def _write(placed: Placed, source: str, target: str, writer: _Writer) -> None:
     if placed.bias is not None:
         bias = placed.bias
         spatial = (1,) * (0 if kind == "linear" else len(placed.layer.weight_shape) - 2)
-        shaped = bias.reshape(-1, *spatial)
-        writer.node("Add", [made, writer.stored(f"{placed.layer.name}.bias", lambda: shaped)], target)
+        shaped = writer.stored(f"{placed.layer.name}.bias", lambda: bias.reshape(-1, *spatial))
+        writer.node("Add", [made, shaped], target)
 
 
 def _native_matrix(placed: Placed, source: str, output: str, writer: _Writer) -> str:
@@ -172,9 +184,9 @@ def _blockwise(placed: Placed, source: str, output: str, writer: _Writer) -> str
 def _dynamic(placed: Placed, source: str, output: str, writer: _Writer) -> str:
     """DynamicQuantizeMatMul: unsigned weights, because signed ones saturate without VNNI."""
     stored, name = _codes(placed), placed.layer.weight_id
-    turned = np.ascontiguousarray(_unsigned(stored).reshape(placed.layer.weight_shape).T)
-    scales = _scales(stored, (-1,), name, writer)
-    inputs = [source, writer.stored(f"{name}.codes", lambda: turned), scales, _zeros(placed, writer)]
+    unsigned = _unsigned(stored).reshape(placed.layer.weight_shape)
+    codes = writer.stored(f"{name}.codes", lambda: np.ascontiguousarray(unsigned.T))
+    inputs = [source, codes, _scales(stored, (-1,), name, writer), _zeros(placed, writer)]
     return writer.node("DynamicQuantizeMatMul", inputs, output, domain=_MICROSOFT)
 
 
@@ -242,6 +254,7 @@ def _zeros(placed: Placed, writer: _Writer) -> str:
     """Store the zero points of integer weights: of one tensor, or of each channel."""
     stored = _codes(placed)
     per_tensor = isinstance(placed.scheme.weights.granularity, PerTensor)
+    points: npt.NDArray[np.uint8]
     if stored.zero_points is not None:
         points = stored.zero_points.numpy().astype(np.uint8).reshape(-1)
         name = f"{placed.layer.weight_id}.zero_points"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ from mpq.core.layers import LayerName
 from mpq.deploy.placed import Placed, is_static, without_bias
 from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
-from mpq.nn.weights import weight_of
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def as_kernels(
         yield model
 
 
-def _input_rounding(placed: Placed):  # type: ignore[no-untyped-def]
+def _input_rounding(placed: Placed) -> Callable[..., Any]:
     scheme, granularity = placed.scheme, placed.scheme.weights.granularity
 
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -63,7 +63,7 @@ def in_blocks(values: torch.Tensor, block: int) -> torch.Tensor:
     return ((blocks / scales).round() * scales).reshape(values.shape)
 
 
-def _output_rounding(placed: Placed):  # type: ignore[no-untyped-def]
+def _output_rounding(placed: Placed) -> Callable[..., Any]:
     fmt = Format(family="int", bits=8, symmetric=False)
 
     def hook(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
