@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from torch import nn
@@ -55,6 +60,7 @@ class Bench:
     whole: bool
 
     def predicted(self, allocation: Allocation, fp32_s: float) -> float:
+        """Return the seconds that the table says, of layers alone as a difference to fp32."""
         chosen = self.table.values[allocation.choice(self.cells)]
         total = self.table.fixed + math.fsum(chosen)
         return total if self.whole else fp32_s + total - self.table.baseline
@@ -130,11 +136,12 @@ def print_mixes(of: Bench, count: int, seconds: float) -> None:
         )
     said, took = (np.array(v) for v in ([r[0] for r in rows], [r[1].median_s for r in rows]))
     errors = 100 * np.abs(said / took - 1)
+    rank = spearman([(said, took)])
     fp32_s = np.median([row[2].median_s for row in rows])
     print(
         f"  fp32: table {of.table.baseline * 1e6:.0f} us, measured {fp32_s * 1e6:.0f} us; error "
         f"median {np.median(errors):.1f} %, max {errors.max():.1f} %; "
-        f"Spearman {spearman(said, took):.3f}"
+        f"Spearman {'-' if rank is None else f'{rank.value:.3f} ± {rank.stderr:.3f}'}"
     )
 
 
@@ -174,9 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixes", type=int, default=15)
     parser.add_argument("--budgets", type=int, default=10)
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of each table and set of mixes"
-    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a table or the mixes")
     parser.add_argument("--only", help="a part of a network's name")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
