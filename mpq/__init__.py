@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
+from mpq.core.deployment import Deployment
 from mpq.core.errors import (
     InfeasibleError,
     InvalidInputError,
@@ -69,6 +70,7 @@ __all__ = [
     "Chosen",
     "Constraint",
     "CostTable",
+    "Deployment",
     "Evaluation",
     "Format",
     "Frontier",

@@ -144,6 +144,41 @@ def plan_here(
     print_plan(found, as_json)
 
 
+@app.command("deploy", rich_help_panel="Run")
+def deploy_run(
+    run: RunName = "latest",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Entry point or directory (default: the run's)."),
+    ] = None,
+    to: Annotated[str, typer.Option(help="The runtime: onnxruntime.")] = "onnxruntime",
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
+    calibration: Annotated[
+        str | None, typer.Option(help="Entry point of batches (default: the run's).")
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="Entry point of the timed batch (default: the run's).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="What timing may take.")] = 10.0,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the chosen network for a runtime, check what it returns, and time it."""
+    import json
+
+    from mpq.core.jobs import RunState
+    from mpq.report import check_writable
+    from mpq.result import SearchResult
+    from mpq.store.store import open_store
+
+    check_writable(out)
+    with open_store(storage) as store:
+        result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
+        given = {"model": model, "calibration": calibration, "sample": sample}
+        made = result.deploy(to, out, seconds=seconds, **given)
+        typer.echo(json.dumps(made.view(), indent=2) if as_json else "\n".join(made.lines()))
+
+
 @app.command("show", rich_help_panel="Inspect")
 def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
     """Print a stored run: budgets, the chosen schemes, predicted against measured."""

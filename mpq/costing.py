@@ -14,6 +14,8 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
 from mpq.core.tables import Cells, CostTable
+from mpq.nn.batches import Batch
+from mpq.nn.workload import Workload
 from mpq.progress import Progress
 from mpq.store.store import Store
 
@@ -130,6 +132,41 @@ class Hardware:
         elif self.times_matter:
             tables.append(self._latency(graph, cells))
         return {table.name: table for table in tables}
+
+    def whole_network(
+        self,
+        tables: Mapping[str, CostTable],
+        workload: Workload,
+        sample: Batch,
+        log: Callable[[str, str], None],
+    ) -> dict[str, CostTable]:
+        """Return the measured latency table with the rest of the network, {} where it has none.
+
+        Why a network has none is logged; the table then is of the layers that have a kernel.
+        """
+        table = tables.get("latency")
+        if table is None or table.provenance != f"measured on {self.device}":
+            return {}
+        from mpq.deploy.rest import with_rest
+
+        try:
+            with self._progress.stage("network latency", 1) as advance:
+                found = with_rest(
+                    table,
+                    workload.model,
+                    workload.graph,
+                    sample,
+                    self._store,
+                    device=self.device,
+                    seconds=self._seconds / 4,
+                    seed=self._seed,
+                )
+                advance()
+        except Exception as error:  # whatever an exporter does: the layers' times are still right
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log("latency", f"of the searched layers only, not of the whole network: {reason}")
+            return {}
+        return {"latency": found}
 
     def _latency(self, graph: LayerGraph, cells: Cells) -> CostTable:
         steps = 100

@@ -226,7 +226,15 @@ def run(
         store.set_state(run_id, RunState.RUNNING)
         try:
             prepared = prepare(
-                budgets, hardware, workload, executor, store, run_id, progress, spec.risk
+                budgets,
+                hardware,
+                workload,
+                sample_of(given),
+                executor,
+                store,
+                run_id,
+                progress,
+                spec.risk,
             )
             (stages or _stages)(spec, prepared)
             store.set_state(run_id, RunState.SUCCEEDED)

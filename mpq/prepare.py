@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mpq.core.problem import Budget, BudgetText
 from mpq.core.protocols import Executor
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
+from mpq.nn.batches import Batch
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
 from mpq.scoring import search_ranges
@@ -33,6 +35,7 @@ def prepare(
     budgets: Sequence[BudgetText],
     hardware: Hardware,
     workload: Workload,
+    sample: Batch,
     executor: Executor,
     store: Store,
     run_id: str,
@@ -49,6 +52,7 @@ def prepare(
     for reason in hardware.left_out:
         store.log(run_id, "left out", reason)
     costs = hardware.tables(workload.graph, workload.cells)
+    costs |= hardware.whole_network(costs, workload, sample, partial(store.log, run_id))
     for table in costs.values():
         store.put_cost(run_id, table)
     resolved = tuple(budget.resolve(costs) for budget in budgets)

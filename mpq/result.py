@@ -13,6 +13,7 @@ from mpq.additivity import Additivity, additivity
 from mpq.core.budgets import Budget, resolved
 from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
+from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme
@@ -269,6 +270,32 @@ class SearchResult:
         from mpq.export import export_allocation
 
         return export_allocation(target, self.chosen, path, **options)
+
+    def deploy(
+        self,
+        target: str,
+        path: str | Path,
+        *,
+        model: nn.Module | str | None = None,
+        calibration: Any = None,
+        sample: Any = None,
+        seconds: float = 10.0,
+    ) -> Deployment:
+        """Write the network for "onnxruntime", each layer run by the kernel of its scheme.
+
+        What was not an entry point of the run has to be passed: the model, and the calibration
+        batches or the sample. The outputs are compared with those of the fake-quantized network
+        and the model is timed beside its fp32 form; the record is kept with the run.
+        """
+        from mpq.deploy.deploy import deploy
+
+        given = {"model": model, "calibration": calibration, "sample": sample}
+        return deploy(self, target, path, seconds=seconds, **given)
+
+    @property
+    def deployments(self) -> list[Deployment]:
+        """What was deployed of this run, oldest first."""
+        return self.store.deployments(self.run_id)
 
     def report(self, path: str | Path) -> Path:
         """Write the HTML page of this run."""

@@ -14,6 +14,7 @@ from mpq.additivity import additivity
 from mpq.along import along, along_table, given_problem
 from mpq.console import new_console as _console
 from mpq.core.budgets import Budget
+from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
@@ -56,7 +57,9 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(along_table(rows))
     lines = worth_lines(problem, result.solution)
     lines += additivity(problem, allocation, told, strongest=3).told()
-    for line in [*lines, *stability_lines(view["stability"])]:
+    lines += stability_lines(view["stability"])
+    lines += [line for deployed in store.deployments(run_id) for line in deployed.lines()]
+    for line in lines:
         console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
@@ -85,7 +88,8 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         "additivity": None if result is None else result.additivity().view(),
         "stability": None if stability is None else stability_view(stability),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
-        "notes": [f"{event.kind}: {event.message}" for event in store.events(run_id)],
+        "deployments": [deployed.view() for deployed in store.deployments(run_id)],
+        "notes": [f"{e.kind}: {e.message}" for e in store.events(run_id) if e.kind != DEPLOYED],
     }
 
 

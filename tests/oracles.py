@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -382,3 +384,57 @@ def slow_root(kind: str, output: torch.Tensor) -> torch.Tensor:
             scale = (2 / classes) ** 0.5 if kind == "mse" else 1.0
             blocks.append(scale * torch.eye(classes, dtype=z.dtype))
     return torch.block_diag(*blocks) / positions**0.5
+
+
+# --- deployed models -------------------------------------------------------------------------
+
+
+def slow_deployed_weights(model: Any) -> dict[str, np.ndarray]:
+    """Return each quantized weight of an ONNX model as its kernel reads it, code by code.
+
+    By the name of its parameter; matrices as (outputs, inputs).
+    """
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    made = {node.output[0]: node for node in model.graph.node}
+    found = {}
+
+    def array(name: str) -> np.ndarray:
+        """Follow what runs once at load back to the stored array: casts and other shapes."""
+        return arrays[name] if name in arrays else array(made[name].input[0])
+
+    for node in model.graph.node:
+        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            place = 1 if node.op_type == "MatMulNBits" else 0
+            codes, scales = array(node.input[place]), array(node.input[2])
+            zeros = array(node.input[3]) if len(node.input) > 3 else None
+            bits, block = settings["bits"], settings["block_size"]
+            rows, blocks = scales.shape
+            weight = np.empty((rows, blocks * block), np.float32)
+            for r in range(rows):
+                for c in range(weight.shape[1]):
+                    code = _field(codes[r].reshape(-1), c, bits)
+                    zero = 2 ** (bits - 1) if zeros is None else _field(zeros[r], c // block, bits)
+                    weight[r, c] = np.float32(code - zero) * np.float32(scales[r, c // block])
+        elif node.op_type in ("DynamicQuantizeMatMul", "QLinearConv"):
+            places = (1, 2, 3) if node.op_type == "DynamicQuantizeMatMul" else (3, 4, 5)
+            codes, scales, zeros = (array(node.input[place]) for place in places)
+            codes = codes.T if node.op_type == "DynamicQuantizeMatMul" else codes
+            weight = np.empty(codes.shape, np.float32)
+            for r in range(len(codes)):
+                scale = np.float32(scales.reshape(-1)[r if scales.size > 1 else 0])
+                zero = int(zeros.reshape(-1)[r if zeros.size > 1 else 0])
+                weight[r] = (codes[r].astype(np.int32) - zero).astype(np.float32) * scale
+            place = places[0]
+        else:
+            continue
+        name = node.input[place]
+        name = name if name in arrays else made[name].input[0]
+        found[name.removesuffix(".codes")] = weight
+    return found
+
+
+def _field(packed: np.ndarray, number: int, bits: int) -> int:
+    """Return the number-th field of `bits` bits, counted from the low bits of the first byte."""
+    byte, place = divmod(number * bits, 8)
+    return (int(packed[byte]) >> place) & (2**bits - 1)

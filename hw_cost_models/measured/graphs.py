@@ -92,7 +92,7 @@ def _copy(
         return _matrix(layer, scheme, weight)
     if scheme.is_native:
         name = "ConvTranspose" if layer.kind == "conv_transpose2d" else "Conv"
-        return [helper.make_node(name, ["x", "w"], ["y"], **_geometry(layer))], {"w": weight}
+        return [helper.make_node(name, ["x", "w"], ["y"], **geometry(layer))], {"w": weight}
     spread = _OUTLIER * math.sqrt(weight[0].size) * float(np.sqrt(np.square(weight).mean()))
     limits = output_limits or (-spread, spread)
     # Other scales in each copy: equal QuantizeLinear nodes would be merged into one.
@@ -159,13 +159,14 @@ def _static_convolution(
     inputs = ["xq", "xs", "xz", "w", "ws", "wz", "ys", "yz"]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
-        helper.make_node("QLinearConv", inputs, ["yq"], **_geometry(layer)),
+        helper.make_node("QLinearConv", inputs, ["yq"], **geometry(layer)),
         helper.make_node("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
     ]
     return nodes, arrays
 
 
-def _geometry(layer: Layer) -> dict[str, Any]:
+def geometry(layer: Layer) -> dict[str, Any]:
+    """Return the attributes of Conv, QLinearConv or ConvTranspose for a convolution."""
     conv = layer.convolution
     assert conv is not None, layer.name
     attributes: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +54,12 @@ def blockwise(weight: Float32, bits: int, block: int, *, symmetric: bool) -> Blo
         zeros = np.rint(-low / np.maximum(scales, 1e-12))
     scales = np.maximum(scales, 1e-12).astype(np.float32)
     codes = np.clip(np.rint(blocks / scales[..., None]) + zeros[..., None], 0, 2**bits - 1)
-    return Blockwise(_packed(codes, bits), scales, None if symmetric else _packed(zeros, bits))
+    zero_points = None if symmetric else pack_fields(zeros, bits)
+    return Blockwise(pack_fields(codes, bits), scales, zero_points)
 
 
-def _packed(codes: npt.NDArray[np.floating], bits: int) -> Bytes:
+def pack_fields(codes: npt.NDArray[Any], bits: int) -> Bytes:
+    """Pack codes of 2, 4 or 8 bits along the last axis, the first in the low bits of a byte."""
     per_byte = 8 // bits
     missing = -codes.shape[-1] % per_byte
     padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)]).astype(np.uint8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+REST_INCLUDED = "with the rest of the network in fp32"  # in the provenance of a latency table
+
 
 @dataclass(frozen=True, slots=True)
 class KernelCase:

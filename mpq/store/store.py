@@ -11,6 +11,7 @@ from typing import Self
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
+from mpq.core.deployment import DEPLOYED, Deployment
 from mpq.core.errors import MpqError
 from mpq.core.evaluation import Evaluation
 from mpq.core.frontier import Frontier, Surface
@@ -253,6 +254,15 @@ class Store:
         """Return the evaluations in the order they were put."""
         with self._read(run_id) as session:
             return evaluations.get(session, run_id)
+
+    def put_deployment(self, run_id: str, deployment: Deployment) -> None:
+        """Keep what a deployed model measured; a run may have several."""
+        self.log(run_id, DEPLOYED, deployment.text())
+
+    def deployments(self, run_id: str) -> list[Deployment]:
+        """Return the deployments of a run, oldest first."""
+        logged = self.events(run_id)
+        return [Deployment.from_text(event.message) for event in logged if event.kind == DEPLOYED]
 
     def log(self, run_id: str, kind: str, message: str) -> None:
         """Add a line to the log of a run."""

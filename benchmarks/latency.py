@@ -1,0 +1,207 @@
+"""Does the latency table tell how long the deployed network takes?
+
+Random mixes of the formats that this machine's kernels run, of MiniLM at 16 and 128 tokens and of
+a small ResNet: the seconds that the table predicts beside those of the really quantized network in
+ONNX Runtime (one thread, processor time, taking turns with the fp32 network). Then latency budgets
+on MiniLM: does the deployed network meet them? Which layer gives way first is decided by made-up
+scores, 4^-bits for each weight; they do not matter here.
+
+    python benchmarks/latency.py [--mixes 15] [--budgets 10] [--seconds 60] [--only resnet20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from torch import nn
+
+from examples import digits_resnet20, minilm
+from hw_cost_models.latency import MeasuredLatency
+from hw_cost_models.measured.capability import default_schemes
+from mpq.core.errors import InvalidInputError
+from mpq.core.latency import KernelLatency
+from mpq.core.problem import Allocation, Budget, Problem
+from mpq.core.tables import Cells, CostTable, SensitivityTable
+from mpq.deploy.marked import feeds
+from mpq.deploy.network import OnnxNetwork
+from mpq.deploy.onnxruntime import Session, network_case, time_networks
+from mpq.deploy.rest import with_rest
+from mpq.nn.calibrate import with_input_ranges
+from mpq.nn.graph import build_graph
+from mpq.nn.quantizers import WeightQuantizer
+from mpq.referee.ranks import spearman
+from mpq.store.store import Store, open_store
+from solvers import solve
+
+TOGETHER = 5  # networks that take turns, which bounds their memory
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A network whose latency is known cell by cell."""
+
+    network: OnnxNetwork
+    calibration: Sequence[Any]
+    cells: Cells
+    table: CostTable
+    whole: bool
+
+    def predicted(self, allocation: Allocation, fp32_s: float) -> float:
+        """Return the seconds that the table says, of layers alone as a difference to fp32."""
+        chosen = self.table.values[allocation.choice(self.cells)]
+        total = self.table.fixed + math.fsum(chosen)
+        return total if self.whole else fp32_s + total - self.table.baseline
+
+    def measured(
+        self, allocations: Sequence[Allocation], seconds: float
+    ) -> list[tuple[KernelLatency, KernelLatency]]:
+        """Return the time of each network and that of the fp32 one beside it."""
+        found = []
+        units = self.network.graph.units
+        for start in range(0, len(allocations), TOGETHER):
+            sessions = [Session(self.network.fp32)]
+            for allocation in allocations[start : start + TOGETHER]:
+                schemes = {layer: allocation[unit.name] for unit in units for layer in unit.layers}
+                mixed, _ = self.network.mixed(schemes, WeightQuantizer(), self.calibration)
+                sessions.append(Session(mixed))
+            fp32, *mixes = time_networks(
+                sessions,
+                [network_case(str(i), "") for i in range(len(sessions))],
+                feeds(self.network.model, self.network.sample),
+                [0] * len(sessions),
+                seconds=seconds * len(sessions) / (len(allocations) + 1),
+            )
+            found += [(one, fp32) for one in mixes]
+        return found
+
+
+def bench(
+    model: nn.Module, sample: Any, calibration: Sequence[Any], seconds: float, store: Store
+) -> Bench:
+    graph = with_input_ranges(model, build_graph(model, sample), calibration)
+    layers = graph.by_name
+    cells = Cells(
+        units=tuple(unit.name for unit in graph.units),
+        schemes=tuple(default_schemes(layers[unit.layers[0]]) for unit in graph.units),
+    )
+    latency = MeasuredLatency(budget_s=seconds)
+    table, whole = latency.table(graph, cells), True
+    try:
+        options = {"device": latency.device, "seconds": seconds / 4}
+        table = with_rest(table, model, graph, sample, store, **options)
+    except InvalidInputError as error:
+        print(f"  {error}")
+        whole = False
+    return Bench(OnnxNetwork.export(model, graph, sample), calibration, cells, table, whole)
+
+
+def random_mixes(cells: Cells, count: int, rng: np.random.Generator) -> list[Allocation]:
+    """Return allocations of all kinds: each has its own liking of every place in the lists."""
+    mixes = []
+    for _ in range(count):
+        liking = rng.dirichlet(np.full(max(map(len, cells.schemes)), 0.5))
+        chosen = {}
+        for unit, schemes in zip(cells.units, cells.schemes, strict=True):
+            weights = liking[: len(schemes)] + 1e-9
+            chosen[unit] = schemes[rng.choice(len(schemes), p=weights / weights.sum())]
+        mixes.append(Allocation(chosen))
+    return mixes
+
+
+def print_mixes(of: Bench, count: int, seconds: float) -> None:
+    mixes = random_mixes(of.cells, count, np.random.default_rng(0))
+    rows = [
+        (of.predicted(mix, fp32.median_s), one, fp32)
+        for mix, (one, fp32) in zip(mixes, of.measured(mixes, seconds), strict=True)
+    ]
+    print(f"  {'predicted us':>12} {'measured us':>12} {'±%':>5} {'error %':>8} {'speed-up':>8}")
+    for predicted, one, fp32 in sorted(rows, key=lambda row: row[1].median_s):
+        half = 50 * (one.high_s - one.low_s) / one.median_s
+        print(
+            f"  {predicted * 1e6:12.0f} {one.median_s * 1e6:12.0f} {half:5.1f} "
+            f"{100 * (predicted / one.median_s - 1):8.1f} {fp32.median_s / one.median_s:8.2f}"
+        )
+    said, took = (np.array(v) for v in ([r[0] for r in rows], [r[1].median_s for r in rows]))
+    errors = 100 * np.abs(said / took - 1)
+    rank = spearman([(said, took)])
+    fp32_s = np.median([row[2].median_s for row in rows])
+    print(
+        f"  fp32: table {of.table.baseline * 1e6:.0f} us, measured {fp32_s * 1e6:.0f} us; error "
+        f"median {np.median(errors):.1f} %, max {errors.max():.1f} %; "
+        f"Spearman {'-' if rank is None else f'{rank.value:.3f} ± {rank.stderr:.3f}'}"
+    )
+
+
+def print_budgets(of: Bench, count: int, seconds: float) -> None:
+    graph = of.network.graph
+    weights = {u.name: sum(graph.by_name[n].num_weights for n in u.layers) for u in graph.units}
+    scores = np.array([weights[unit] * 4.0**-s.weights.bits for unit, s in of.cells])
+    table = of.table
+    fastest = table.fixed + sum(
+        table.values[start:stop].min()
+        for start, stop in zip(of.cells.offsets[:-1], of.cells.offsets[1:], strict=True)
+    )
+    limits = np.linspace(fastest, table.baseline, count + 1)[1:]
+    sensitivity = SensitivityTable(
+        metric="made", cells=of.cells, values=scores, stderr=np.zeros(len(scores))
+    )
+    chosen = []
+    for limit in limits:
+        budget = Budget("latency", float(limit))
+        allocation = solve(
+            Problem(sensitivity=sensitivity, costs={"latency": table}, budgets=(budget,))
+        ).allocation
+        assert allocation is not None
+        chosen.append(allocation)
+    met = within = 0
+    for limit, (one, _) in zip(limits, of.measured(chosen, seconds), strict=True):
+        met += one.median_s <= limit
+        within += one.low_s <= limit
+        print(
+            f"  latency <= {limit * 1e6:6.0f} us: measured {one.median_s * 1e6:6.0f} us "
+            f"({100 * (one.median_s / limit - 1):+.1f} %)"
+        )
+    print(f"  budgets met: {met} of {count}, within the error of the measurement {within}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mixes", type=int, default=15)
+    parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a table or the mixes")
+    parser.add_argument("--only", help="a part of a network's name")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    words, images = minilm.calibration_batches(), digits_resnet20.calibration_batches()
+    long = {name: values.repeat(1, 3)[:1, :128] for name, values in words[0].items()}
+    cases = {
+        "minilm, 16 tokens": (minilm, {n: v[:1, :16] for n, v in words[0].items()}, words),
+        "minilm, 128 tokens": (minilm, long, words),
+        "digits_resnet20": (digits_resnet20, images[0][0][:1], images),
+    }
+    with tempfile.TemporaryDirectory() as folder, open_store(Path(folder) / "times.db") as store:
+        for name, (example, sample, calibration) in cases.items():
+            if given.only and given.only not in name:
+                continue
+            print(f"{name}: {given.mixes} random mixes")
+            of = bench(example.make_model(), sample, calibration[:2], given.seconds, store)
+            print_mixes(of, given.mixes, given.seconds)
+            if name == "minilm, 16 tokens" and given.budgets:
+                print_budgets(of, given.budgets, given.seconds)
+
+
+if __name__ == "__main__":
+    main()

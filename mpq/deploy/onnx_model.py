@@ -1,0 +1,265 @@
+"""An ONNX model whose marked layers are the kernels that run their schemes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.formats import PerGroup, PerTensor
+from mpq.core.layers import LayerName
+from mpq.deploy.marked import ATTRIBUTE, DOMAIN, OPSET, MarkedGraph
+from mpq.deploy.placed import Limits, Placed
+from mpq.nn.quantizers import IntegerWeight
+
+_MICROSOFT = "com.microsoft"
+_PREFIX = "model."  # of the exporter's names
+_LARGEST = 2**31 - 1  # bytes of one file of this kind
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class _Writer:
+    """Collects the nodes and stored arrays that take the place of one marked node.
+
+    An array that several layers share is stored once, under the name of its parameter; what
+    only changes its layout or type is a node that the runtime runs once, when it loads.
+    """
+
+    def __init__(self, arrays: Arrays, prefix: str) -> None:
+        self.arrays, self.nodes = arrays, list[Any]()
+        self._prefix = prefix
+
+    def stored(self, name: str, make: Callable[[], npt.NDArray[Any]]) -> str:
+        """Return the name of an array, made where it is not there yet."""
+        if name not in self.arrays:
+            self.arrays[name] = make()
+        return name
+
+    def node(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
+        """Add a node and return the name of its output."""
+        from onnx import helper
+
+        output = output or f"{self._prefix}{operator}{len(self.nodes)}"
+        name = f"{self._prefix}{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], name, **attributes))
+        return output
+
+
+def with_kernels(marked: MarkedGraph, placed: Mapping[LayerName, Placed]) -> bytes:
+    """Return the serialized model in which each marked node is its layer's kernel.
+
+    Raises InvalidInputError (`no_node`) for a placed layer without a node, (`model_size`) above
+    2 GB, the most that one file can hold.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load_from_string(marked.serialized)
+    arrays: Arrays = {}
+    nodes: list[Any] = []
+    seen: dict[LayerName, int] = {}
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            nodes.append(node)
+            continue
+        (name,) = (helper.get_attribute_value(a) for a in node.attribute if a.name == ATTRIBUTE)
+        layer = name.decode()
+        seen[layer] = seen.get(layer, 0) + 1
+        writer = _Writer(arrays, f"{layer}/{seen[layer]}/")
+        _write(placed[layer], node.input[0], node.output[0], writer)
+        nodes += writer.nodes
+    for layer in placed:
+        if layer not in seen:
+            raise InvalidInputError(
+                "no_node", f"layer {layer!r} has no ONNX node: nothing of it reaches the output"
+            )
+    _check_weights(model, placed)
+    _replace_nodes(model, nodes, arrays)
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    del model.opset_import[:]
+    model.opset_import.extend([helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, 1)])
+    if model.ByteSize() > _LARGEST:
+        raise InvalidInputError(
+            "model_size", f"the ONNX model takes {model.ByteSize()} bytes: one file holds 2 GB"
+        )
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def stored_bytes(serialized: bytes) -> int:
+    """Return the bytes of all arrays that a model stores."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load_from_string(serialized)
+    return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+
+
+def _check_weights(model: Any, placed: Mapping[LayerName, Placed]) -> None:
+    """Raise InvalidInputError where a quantized weight is read by more than its layers."""
+    outside = {tensor.name.removeprefix(_PREFIX) for tensor in model.graph.initializer}
+    for layer, p in placed.items():
+        if p.layer.weight_id in outside and not p.scheme.weights.is_native:
+            raise InvalidInputError(
+                "no_node",
+                f"the weight of layer {layer!r} is read outside of its layers too, where no node "
+                f"can be replaced: pin it to fp32",
+            )
+
+
+def _replace_nodes(model: Any, nodes: list[Any], arrays: Arrays) -> None:
+    """Put other nodes in a model and give its arrays the names that they have in the network."""
+    names = {
+        tensor.name: tensor.name.removeprefix(_PREFIX)
+        for tensor in model.graph.initializer
+        if tensor.name.startswith(_PREFIX) and tensor.name.removeprefix(_PREFIX) not in arrays
+    }
+    for tensor in model.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    del model.graph.node[:]
+    del model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+
+
+def _write(placed: Placed, source: str, target: str, writer: _Writer) -> None:
+    kind, scheme = placed.layer.kind, placed.scheme
+    output = target if placed.bias is None else ""
+    if kind == "embedding" or kind == "linear":
+        if scheme.is_native:
+            made = _native_matrix(placed, source, output, writer)
+        elif scheme.activations.is_native:
+            made = _blockwise(placed, source, output, writer)
+        else:
+            made = _dynamic(placed, source, output, writer)
+    elif scheme.is_native:
+        made = _native_convolution(placed, source, output, writer)
+    else:
+        made = _static_convolution(placed, source, output, writer)
+    if placed.bias is not None:
+        bias = placed.bias
+        spatial = (1,) * (0 if kind == "linear" else len(placed.layer.weight_shape) - 2)
+        shaped = writer.stored(f"{placed.layer.name}.bias", lambda: bias.reshape(-1, *spatial))
+        writer.node("Add", [made, shaped], target)
+
+
+def _native_matrix(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    weight = writer.stored(placed.layer.weight_id, lambda: _array(placed))
+    if placed.layer.kind == "embedding":
+        return writer.node("Gather", [weight, source], output)
+    turned = writer.node("Transpose", [weight], perm=[1, 0])
+    return writer.node("MatMul", [source, turned], output)
+
+
+def _blockwise(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    """MatMulNBits or GatherBlockQuantized on our codes, scales and zero points."""
+    from hw_cost_models.measured.operands import pack_fields
+
+    stored, fmt, name = _codes(placed), placed.scheme.weights, placed.layer.weight_id
+    assert isinstance(fmt.granularity, PerGroup)
+    block, (rows, columns) = fmt.granularity.size, placed.layer.weight_shape
+    unsigned = _unsigned(stored).reshape(rows, columns)
+    codes = writer.stored(f"{name}.codes", lambda: pack_fields(unsigned, fmt.bits))
+    scales = _scales(stored, (rows, columns // block), name, writer)
+    zeros = []
+    if stored.zero_points is not None:
+        points = stored.zero_points.numpy().reshape(rows, -1)
+        zeros = [writer.stored(f"{name}.zero_points", lambda: pack_fields(points, fmt.bits))]
+    shared = {"bits": fmt.bits, "block_size": block, "domain": _MICROSOFT}
+    if placed.layer.kind == "embedding":
+        axes = {"gather_axis": 0, "quantize_axis": 1}
+        inputs = [codes, source, scales, *zeros]
+        return writer.node("GatherBlockQuantized", inputs, output, **axes, **shared)
+    shape = np.array([rows, columns // block, block * fmt.bits // 8])
+    shaped = writer.node("Reshape", [codes, writer.stored(f"{name}.shape", lambda: shape)])
+    sizes = {"K": columns, "N": rows, "accuracy_level": 4}
+    return writer.node("MatMulNBits", [source, shaped, scales, *zeros], output, **sizes, **shared)
+
+
+def _dynamic(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    """DynamicQuantizeMatMul: unsigned weights, because signed ones saturate without VNNI."""
+    stored, name = _codes(placed), placed.layer.weight_id
+    unsigned = _unsigned(stored).reshape(placed.layer.weight_shape)
+    codes = writer.stored(f"{name}.codes", lambda: np.ascontiguousarray(unsigned.T))
+    inputs = [source, codes, _scales(stored, (-1,), name, writer), _zeros(placed, writer)]
+    return writer.node("DynamicQuantizeMatMul", inputs, output, domain=_MICROSOFT)
+
+
+def _native_convolution(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    from hw_cost_models.measured.graphs import geometry
+
+    operator = "ConvTranspose" if placed.layer.kind == "conv_transpose2d" else "Conv"
+    weight = writer.stored(placed.layer.weight_id, lambda: _array(placed))
+    return writer.node(operator, [source, weight], output, **geometry(placed.layer))
+
+
+def _static_convolution(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    """QLinearConv between the rounding of its input and of its output, to static ranges."""
+    from hw_cost_models.measured.graphs import geometry
+
+    stored, layer = _codes(placed), placed.layer
+    per_tensor = isinstance(placed.scheme.weights.granularity, PerTensor)
+    unsigned = _unsigned(stored).reshape(layer.weight_shape)
+    codes = writer.stored(f"{layer.weight_id}.codes", lambda: unsigned)
+    scales = _scales(stored, () if per_tensor else (-1,), layer.weight_id, writer)
+    assert placed.input_limits is not None
+    assert placed.output_limits is not None
+    inputs = _steps(f"{layer.name}.input", placed.input_limits, writer)
+    outputs = _steps(f"{layer.name}.output", placed.output_limits, writer)
+    rounded = writer.node("QuantizeLinear", [source, *inputs])
+    operands = [rounded, *inputs, codes, scales, _zeros(placed, writer), *outputs]
+    made = writer.node("QLinearConv", operands, **geometry(layer))
+    return writer.node("DequantizeLinear", [made, *outputs], output)
+
+
+def _steps(name: str, limits: Limits, writer: _Writer) -> list[str]:
+    """Store scale and zero point of a static 8-bit range, computed as the search computes them."""
+    low, high = np.float32(limits[0]), np.float32(limits[1])
+    scale = np.maximum((high - low) / np.float32(255), np.float32(1e-12))
+    zero = np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
+    return [
+        writer.stored(f"{name}.scale", lambda: np.array(scale, np.float32)),
+        writer.stored(f"{name}.zero_point", lambda: np.array(zero)),
+    ]
+
+
+def _codes(placed: Placed) -> IntegerWeight:
+    assert isinstance(placed.weight, IntegerWeight)
+    return placed.weight
+
+
+def _array(placed: Placed) -> npt.NDArray[np.float32]:
+    assert isinstance(placed.weight, np.ndarray)
+    return placed.weight
+
+
+def _unsigned(stored: IntegerWeight) -> npt.NDArray[np.uint8]:
+    """Return codes as kernels count them: from 0, symmetric ones around 2^(bits - 1)."""
+    offset = 2 ** (stored.fmt.bits - 1) if stored.fmt.symmetric else 0
+    return (stored.codes.numpy() + offset).astype(np.uint8)
+
+
+def _scales(stored: IntegerWeight, shape: tuple[int, ...], name: str, writer: _Writer) -> str:
+    """Store scales as the 16 bits that they have, and widen them when the model is loaded."""
+    half = stored.scales.numpy().astype(np.float16).reshape(shape)
+    return writer.node("Cast", [writer.stored(f"{name}.scales", lambda: half)], to=1)
+
+
+def _zeros(placed: Placed, writer: _Writer) -> str:
+    """Store the zero points of integer weights: of one tensor, or of each channel."""
+    stored = _codes(placed)
+    per_tensor = isinstance(placed.scheme.weights.granularity, PerTensor)
+    points: npt.NDArray[np.uint8]
+    if stored.zero_points is not None:
+        points = stored.zero_points.numpy().astype(np.uint8).reshape(-1)
+        name = f"{placed.layer.weight_id}.zero_points"
+    else:
+        points, name = np.full(len(stored.scales), 128, np.uint8), f"zeros.{len(stored.scales)}"
+    if per_tensor and placed.layer.kind != "linear":
+        points, name = points.reshape(()), f"{name}.scalar"
+    return writer.stored(name, lambda: points)

@@ -1,0 +1,160 @@
+"""Deployments of runs: kept and shown; latency tables of whole networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import mpq
+from mpq.cli import app
+from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.latency import REST_INCLUDED
+from mpq.deploy import deploy
+from mpq.result import SearchResult
+from mpq.store.store import Store, open_store
+from tests.test_deploy import Decomposed
+
+SAMPLE = torch.randn(1, 64, generator=torch.Generator().manual_seed(2))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Linear(96, 8)).eval()
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 64, generator=generator) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with open_store(str(tmp_path_factory.mktemp("store") / "runs.db")) as opened:
+        yield opened
+
+
+def searched(store: Store, model: Any, calibration: Any, **options: Any) -> SearchResult:
+    settings: dict[str, Any] = {
+        "budgets": ["memory <= 60%", "latency <= 500%"],
+        "schemes": ["fp32", "int8:int8", "int4g32"],
+        "executor": "serial",
+        "refine": 0,
+        "latency_seconds": 1.0,
+    }
+    return mpq.search(model, calibration, storage=store, **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def result(store: Store) -> SearchResult:
+    """A run of entry points."""
+    here = "tests.test_deployments"
+    return searched(store, f"{here}:make_model", f"{here}:batches", name="small")
+
+
+def test_a_run_of_entry_points_deploys_without_anything_else(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    made = result.deploy("onnxruntime", tmp_path / "model.onnx", seconds=0.2)
+    assert result.deployments[-1] == made
+    assert made.file_bytes == (tmp_path / "model.onnx").stat().st_size
+    assert made.predicted_bytes == round((result.solution.totals or {})["memory"])
+    assert made.stored_bytes == pytest.approx(made.predicted_bytes, rel=0.02)  # a small network
+    assert 0 < made.low_s < made.measured_s < made.high_s
+    assert made.samples == 9
+    assert made.unexplained < 1e-3 < made.quantization
+    assert made.difference <= made.rounding + made.unexplained + 1e-9
+    assert made.any_batch
+    assert made.predicted_s == pytest.approx((result.solution.totals or {})["latency"])
+
+
+def test_latency_is_that_of_the_whole_network(result: SearchResult, store: Store) -> None:
+    table = result.problem.costs["latency"]
+    assert table.provenance.endswith(REST_INCLUDED)
+    device = store.run(result.run_id).device
+    known = store.kernel_latencies(device)
+    (whole,) = (latency for case, latency in known.items() if case.kernel == "network fp32")
+    assert table.baseline == whole.median_s
+    fp32 = sum(table[unit, mpq.parse_scheme("fp32")] for unit in table.cells.units)
+    assert table.fixed + fp32 == pytest.approx(table.baseline)
+
+
+def test_a_known_network_is_not_timed_again(result: SearchResult, store: Store) -> None:
+    device = store.run(result.run_id).device
+    before = store.kernel_latencies(device)
+    again = searched(store, make_model(), batches())
+    assert store.kernel_latencies(device) == before
+    assert again.problem.costs["latency"].baseline == result.problem.costs["latency"].baseline
+
+
+def test_a_network_that_cannot_be_exported_keeps_the_latency_of_its_layers(store: Store) -> None:
+    torch.manual_seed(0)
+    run = searched(
+        store, Decomposed().eval(), [torch.randn(6, 4, 4)], schemes=["fp32", "int8:int8"]
+    )
+    table = run.problem.costs["latency"]
+    assert REST_INCLUDED not in table.provenance
+    assert table.fixed == 0
+    notes = [e.message for e in store.events(run.run_id) if e.kind == "latency"]
+    assert len(notes) == 1
+    assert notes[0].startswith(
+        "of the searched layers only, not of the whole network: torch cannot"
+    )
+
+
+def test_live_objects_are_asked_for_by_name(store: Store, tmp_path: Path) -> None:
+    run = searched(store, make_model(), batches(), sample=SAMPLE)
+    path = tmp_path / "model.onnx"
+    with pytest.raises(InvalidInputError, match="the run's model was an object, <live Sequential>"):
+        run.deploy("onnxruntime", path)
+    with pytest.raises(InvalidInputError, match="the run's sample was an object, <live Tensor>"):
+        run.deploy("onnxruntime", path, model=make_model())
+    made = run.deploy("onnxruntime", path, model=make_model(), sample=SAMPLE, seconds=0.2)
+    assert made.samples == 1
+    with pytest.raises(InvalidInputError, match="layer '0' has a weight of"):
+        run.deploy("onnxruntime", path, model=nn.Sequential(nn.Linear(4, 4)), sample=SAMPLE)
+    with pytest.raises(InvalidInputError, match=r"unknown target 'onnx'\. Known: onnxruntime"):
+        run.deploy("onnx", path, model=make_model(), sample=SAMPLE)
+
+
+def test_another_shape_than_the_searched_one_has_no_prediction(
+    result: SearchResult, tmp_path: Path
+) -> None:
+    made = result.deploy("onnxruntime", tmp_path / "m.onnx", sample=torch.randn(3, 64), seconds=0.2)
+    assert made.predicted_s is None
+
+
+def test_a_runtime_that_computes_something_else_is_refused(
+    result: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = deploy.Session.output
+    monkeypatch.setattr(deploy.Session, "output", lambda self, feeds: 1.1 * output(self, feeds))
+    monkeypatch.setattr("mpq.deploy.network._FAITHFUL", 1.0)
+    with pytest.raises(RunFailedError, match="outputs differ from those that the formats give"):
+        result.deploy("onnxruntime", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_command_line_deploys_and_shows(
+    result: SearchResult, store: Store, tmp_path: Path
+) -> None:
+    run = CliRunner().invoke
+    options = ["--storage", str(store.url.database)]
+    written = ["--out", str(tmp_path / "model.onnx"), "--seconds", "0.2"]
+    done = run(app, ["deploy", "small", *written, "--json", *options])
+    assert done.exit_code == 0, done.output
+    view = json.loads(done.stdout)
+    assert view["target"] == "onnxruntime"
+    assert view["speed_up"] == pytest.approx(view["fp32_s"] / view["measured_s"])
+    shown = json.loads(run(app, ["show", "small", "--json", *options]).stdout)
+    assert shown["deployments"][-1] == view
+    assert not any("stored_bytes" in note for note in shown["notes"])
+    text = run(app, ["show", "small", *options]).stdout
+    assert "deployed to onnxruntime" in text
+    assert "times as fast as fp32" in text
