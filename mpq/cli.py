@@ -76,7 +76,7 @@ def referee(
 ) -> None:
     """Compare sensitivity metrics on a job's network by what their choices really do."""
     from mpq.jobfile import load_job
-    from mpq.terminal import print_referee
+    from mpq.referee.told import print_referee
 
     spec = load_job(job, {"executor": executor} if executor else {})
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]

@@ -23,9 +23,7 @@ from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.provenance import cost_label, modelled_note, sources
 from mpq.core.quantities import quantity, with_error
-from mpq.core.referee import RefereeReport
 from mpq.core.risk import quantile
-from mpq.referee.ranks import LEAST_PAIRS
 from mpq.result import SearchResult
 from mpq.stability import stability_lines, stability_view, usual_draws
 from mpq.store.store import Store
@@ -103,8 +101,8 @@ def solution_view(solution: Solution) -> dict[str, Any]:
         "risk": solution.risk,
         "quantiles": None if solution.quantiles is None else dict(solution.quantiles),
         "score": solution.score,
-        "bound": _finite(solution.bound),
-        "gap": _finite(solution.gap),
+        "bound": finite(solution.bound),
+        "gap": finite(solution.gap),
         "seconds": solution.seconds,
         "allocation": solution.allocation.text() if solution.allocation is not None else None,
     }
@@ -226,79 +224,8 @@ def print_runs(store: Store, limit: int, as_json: bool = False) -> None:
     _console().print(table)
 
 
-def print_referee(report: RefereeReport, as_json: bool = False) -> None:
-    """Print how metrics compare, the picked one first."""
-    if as_json:
-        print(json.dumps(_referee_view(report), indent=2))
-        return
-    console = _console()
-    console.print(_verdict_table(report))
-    console.print()
-    console.print(_regret_table(report))
-    if any(v.spearman is None for v in report.verdicts):
-        console.print(
-            Text(
-                f"no rank correlation: the budgets leave {report.num_random} different random "
-                f"allocations, {LEAST_PAIRS} at one of them are needed",
-                "dim",
-            )
-        )
-    for name, reason in report.refused.items():
-        console.print(Text(f"{name} left out: {reason}", "dim"))
-    console.print(Text.assemble("picked: ", (report.picked, "bold")))
-
-
-def _verdict_table(report: RefereeReport) -> Table:
-    table = Table("metric", box=None, header_style="bold")
-    for column in ("mean regret", "Spearman", "Kendall", "predicted/measured", "seconds", "memory"):
-        table.add_column(column, justify="right")
-    for v in report.verdicts:
-        table.add_row(
-            Text(v.metric, "bold" if v.metric == report.picked else ""),
-            _regret(v.regret),
-            _correlation(v.spearman, v.spearman_stderr),
-            _correlation(v.kendall, v.kendall_stderr),
-            "-" if v.ratio is None else f"{v.ratio:.2f}",
-            f"{v.seconds:.1f}",
-            "-" if v.peak_bytes is None else quantity(v.peak_bytes, "bytes"),
-        )
-    table.caption = (
-        f"{report.num_measured} allocations measured on calibration data "
-        f"({DIVERGENCE_NAMES[report.divergence]}), {report.num_random} of them random"
-    )
-    return table
-
-
-def _regret_table(report: RefereeReport) -> Table:
-    table = Table("regret within", box=None, header_style="bold")
-    for setting in report.budgets:
-        table.add_column(" and ".join(b.text for b in setting), justify="right")
-    for v in report.verdicts:
-        table.add_row(v.metric, *map(_regret, v.regrets))
-    best = (f"{value:.3g}" for value in report.best)
-    table.add_row("best measured", *best, style="dim")
-    return table
-
-
-def _regret(regret: float) -> str:
-    return f"{regret:.1%}" if regret < 10 else f"{regret + 1:.3g} x best"
-
-
-def _correlation(value: float | None, stderr: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} ± {stderr:.2f}"
-
-
-def _referee_view(report: RefereeReport) -> dict[str, Any]:
-    """Return a report as plain data; infinite regrets become null."""
-    view = asdict(report)
-    for verdict in view["verdicts"]:
-        verdict["regret"] = _finite(verdict["regret"])
-        verdict["regrets"] = [_finite(regret) for regret in verdict["regrets"]]
-    view["best"] = [_finite(value) for value in report.best]
-    return view
-
-
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return a number as JSON can hold it: None for an infinite one."""
     return value if abs(value) < float("inf") else None
 
 

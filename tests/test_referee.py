@@ -27,8 +27,8 @@ from mpq.referee.compare import compare_job
 from mpq.referee.peak_memory import peak_bytes
 from mpq.referee.random_allocations import random_allocations
 from mpq.referee.ranks import kendall, ranks, spearman
+from mpq.referee.told import print_referee
 from mpq.store.store import Store, open_store
-from mpq.terminal import print_referee
 from sensitivity import METRICS
 from sensitivity.kl import Kl
 from sensitivity.tasks import refuse_activations
