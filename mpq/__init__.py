@@ -15,12 +15,14 @@ from mpq.core.errors import (
     InfeasibleError,
     InvalidInputError,
     MpqError,
+    MpqWarning,
     RunFailedError,
     StorageError,
 )
 from mpq.core.evaluation import Evaluation
 from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
 from mpq.core.frontier import Chain, Frontier, Surface
+from mpq.core.infeasibility import Conflict, Infeasibility
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.least_cost import LeastCost
@@ -68,12 +70,14 @@ __all__ = [
     "Cells",
     "Chain",
     "Chosen",
+    "Conflict",
     "Constraint",
     "CostTable",
     "Deployment",
     "Evaluation",
     "Format",
     "Frontier",
+    "Infeasibility",
     "InfeasibleError",
     "InvalidInputError",
     "JobSpec",
@@ -82,6 +86,7 @@ __all__ = [
     "LeastCost",
     "MetricVerdict",
     "MpqError",
+    "MpqWarning",
     "Plan",
     "PlanRow",
     "Problem",

@@ -237,7 +237,7 @@ def solve_again(
     from mpq.core.evaluation import CHOSEN
     from mpq.core.jobs import RunState
     from mpq.pins import parse_forbidden, parse_pins, resolve_forbidden, resolve_pins
-    from mpq.result import parse_weights, stated
+    from mpq.result import least_within, parse_weights, stated
     from mpq.store.store import open_store
     from mpq.terminal import print_least, print_solution
     from solvers import USE_PAIRS, solve
@@ -255,10 +255,7 @@ def solve_again(
         asked = stated(problem, texts or solutions[CHOSEN].budgets, pins, pairs)
         weights = parse_weights(least or [], score)
         if weights and score is not None:
-            from solvers.least_cost import least_cost
-            from solvers.risk import at_risk
-
-            found = least_cost(at_risk(asked, risk, weights), weights, score)
+            found = least_within(asked, weights, score, risk, capped=bool(texts))
             print_least(graph, asked, found, as_json)
         else:
             print_solution(graph, asked, solve(asked, solver, risk), as_json)
@@ -287,8 +284,11 @@ def show_frontier(
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
         costs = tuple(name.strip() for name in cost.split(","))
+        if every and points is not None:
+            raise InvalidInputError("points", f"--all is every point, not {points}: leave one out")
         if len(costs) == 1:
-            found = result.frontier(cost, None if every else points or KEPT_POINTS)
+            evenly = KEPT_POINTS if points is None else points
+            found = result.frontier(cost, None if every else evenly)
             print_frontier(result.problem, found, as_json)
             return
         if len(costs) != 2 or every:

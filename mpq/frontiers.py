@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from mpq.core.errors import MpqError
+from mpq.core.frontier import Frontier, Surface
+from mpq.core.jobs import JobSpec
 from mpq.core.problem import Problem
 from mpq.result import KEPT_GRID, KEPT_POINTS
 from mpq.store.store import Store
 from solvers.risk import at_risk
 
 
-def keep_frontiers(problem: Problem, risk: float | None, store: Store, run_id: str) -> None:
-    """Keep the frontier of each cost, the budgets of the others at the risk that was asked."""
+def keep_frontiers(problem: Problem, spec: JobSpec, store: Store, run_id: str) -> None:
+    """Keep the frontier of each cost, the budgets of the others at the risk that was asked.
+
+    Where a minimised cost ended is no budget. A frontier that cannot be found is a line in the
+    log: the search is over and what it measured is there.
+    """
     from solvers.frontier import frontier
     from solvers.surface import surface
 
-    for cost in problem.costs:
-        asked = at_risk(problem, risk, [cost])
-        store.put_frontier(run_id, frontier(asked, cost, KEPT_POINTS))
+    asked: dict[tuple[str, ...], Callable[[Problem], Frontier | Surface]] = {
+        (cost,): partial(frontier, cost=cost, points=KEPT_POINTS) for cost in problem.costs
+    }
     both = ("memory", "latency")
     if problem.costs.keys() >= set(both):
-        store.put_frontier(run_id, surface(at_risk(problem, risk, both), both, KEPT_GRID))
+        asked[both] = partial(surface, costs=both, points=KEPT_GRID)
+    for costs, found in asked.items():
+        try:
+            store.put_frontier(
+                run_id, found(at_risk(problem, spec.risk, (*costs, *spec.minimised)))
+            )
+        except MpqError as error:
+            store.log(run_id, "frontier", f"{','.join(costs)} is not kept: {error}")

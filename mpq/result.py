@@ -21,6 +21,7 @@ from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.quantities import quantity
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
 from mpq.core.tables import Cell
@@ -74,6 +75,34 @@ def parse_weights(texts: Sequence[str], score: float | None) -> dict[str, float]
     return weights
 
 
+def least_within(
+    problem: Problem,
+    of: str | Mapping[str, float],
+    score: float,
+    risk: float | None,
+    *,
+    capped: bool,
+) -> LeastCost:
+    """Return the least of a cost, or weighted sum of costs, with this predicted loss or less.
+
+    Budgets hold with probability `risk`; those on what is minimised are left out unless `capped`.
+    """
+    from solvers.least_cost import least_cost
+
+    minimised = [of] if isinstance(of, str) else list(of)
+    asked = at_risk(problem, risk, () if capped else minimised)
+    caps = [
+        replace(
+            Constraint.at_most(problem.costs[cost], limit),
+            name=f"{cost} <= {quantity(limit, problem.costs[cost].unit)}",
+        )
+        for cost, limit in asked.limits().items()
+        if cost in minimised
+    ]
+    found = least_cost(replace(asked, constraints=(*asked.constraints, *caps)), of, score)
+    return replace(found, budgets=asked.budgets)
+
+
 class SearchResult:
     """A finished search: the chosen allocation, what was predicted and what was measured."""
 
@@ -82,7 +111,9 @@ class SearchResult:
         self.run_id = run_id
         self.graph: LayerGraph = store.graph(run_id)
         self.problem: Problem = store.problem(run_id)
-        self.risk: float | None = store.run(run_id).spec.risk
+        spec = store.run(run_id).spec
+        self.risk: float | None = spec.risk
+        self._minimised = tuple(spec.minimised)
         self.solutions: dict[str, Solution] = {
             name: with_quantiles(self.problem, solution, self.risk)
             for name, solution in store.solutions(run_id)
@@ -146,14 +177,15 @@ class SearchResult:
         """Return the proven trade-off between one cost and the predicted loss.
 
         `points` is evenly spaced limits, None every allocation that nothing beats; the budgets
-        on other costs are kept. That of 25 points is kept with the run.
+        on other costs are kept, but for those that a minimised cost ended at. That of 25 points
+        is kept with the run.
         """
         kept = self.store.frontier(self.run_id, cost) if points == KEPT_POINTS else None
         if kept is not None:
             return kept
         from solvers.frontier import frontier
 
-        return frontier(self.asked(cost), cost, points)
+        return frontier(self.asked(cost, *self._minimised), cost, points)
 
     def surface(
         self,
@@ -169,7 +201,7 @@ class SearchResult:
             return kept
         from solvers.surface import surface
 
-        return surface(self.asked(*costs), costs, points)
+        return surface(self.asked(*costs, *self._minimised), costs, points)
 
     def chain(self, cost: str = "memory") -> Chain:
         """Return nested allocations from the cheapest to the best: a network of any size."""
@@ -194,15 +226,13 @@ class SearchResult:
     ) -> LeastCost:
         """Return the least of a cost, or weighted sum of costs, with this predicted loss or less.
 
-        The run's other budgets are kept unless `budgets` replaces them, and hold with probability
-        `risk` (None: that of the search).
+        The run's budgets on other costs are kept unless `budgets`, all of which hold, replaces
+        them; each holds with probability `risk` (None: that of the search).
         """
-        from solvers.least_cost import least_cost
-
         kept = self.solution.budgets if budgets is None else budgets
         problem = stated(self.problem, kept, resolve_pins(self.graph, pin))
-        free = [of] if isinstance(of, str) else list(of)
-        return least_cost(at_risk(problem, self.risk if risk is None else risk, free), of, score)
+        risk = self.risk if risk is None else risk
+        return least_within(problem, of, score, risk, capped=budgets is not None)
 
     def additivity(self) -> Additivity:
         """Return whether the parts of the chosen allocation add up: alone, in pairs, measured."""

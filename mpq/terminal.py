@@ -15,7 +15,7 @@ from mpq.along import along, along_table, given_problem
 from mpq.console import new_console as _console
 from mpq.core.budgets import Budget
 from mpq.core.deployment import DEPLOYED
-from mpq.core.errors import InfeasibleError
+from mpq.core.errors import InfeasibleError, RunFailedError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
 from mpq.core.layers import LayerGraph
@@ -111,9 +111,16 @@ def solution_view(solution: Solution) -> dict[str, Any]:
 def print_solution(
     graph: LayerGraph, problem: Problem, solution: Solution, as_json: bool = False
 ) -> None:
-    """Print a solution of `problem`; raises InfeasibleError where there is none."""
+    """Print a solution of `problem`.
+
+    Raises InfeasibleError where there is none, RunFailedError where none was found.
+    """
     if solution.infeasibility is not None:
         raise InfeasibleError("infeasible", solution.infeasibility.told)
+    if solution.allocation is None:
+        raise RunFailedError(
+            "solver", f"solver {solution.solver!r} found no allocation: use solver 'auto'"
+        )
     if as_json:
         more = {
             "costs_from": sources(problem.costs),

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpq.core.errors import RunFailedError
 from mpq.core.layers import LayerGraph, Unit
 from mpq.core.problem import Allocation, Solution, Status
 from mpq.report import _budget_rows, _unit_rows
-from mpq.result import SearchResult
+from mpq.result import SearchResult, least_within
 from mpq.store.store import open_store
-from mpq.terminal import _budget_table, _units_table
+from mpq.terminal import _budget_table, _units_table, print_solution
 from tests.builders import cells, cost, problem
 
 _MODULE = """
@@ -203,6 +204,33 @@ def test_a_result_answers_the_same_questions(folder: Path) -> None:
         assert str(pinned.allocation["2"]) == "int8"
 
 
+def test_budgets_that_are_given_hold_for_what_is_minimised_too(folder: Path) -> None:
+    of = cells(1)
+    asked = replace(
+        problem(of, {"memory": 2.0}),
+        costs={
+            "memory": replace(cost(of), values=np.array([1.0, 2.0, 3.0])),
+            "latency": replace(cost(of, "latency", "s"), values=np.array([9.0, 5.0, 1.0])),
+        },
+    )
+    weights = {"memory": 1.0, "latency": 1.0}
+    assert least_within(asked, weights, 1e9, None, capped=False).value == 4.0
+    capped = least_within(asked, weights, 1e9, None, capped=True)
+    assert capped.value == 7.0
+    assert capped.budgets == asked.budgets
+    options = ("--least", "memory", "--score", "1e-4", "--memory", "0.1 kB")
+    done = mpq(folder, "solve", "toy", *options)  # 126 B are needed, see above
+    assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_a_solver_that_found_nothing_is_one_line() -> None:
+    nothing = Solution(status=Status.UNKNOWN, solver="greedy", budgets=())
+    graph = LayerGraph(layers=(), units=(), unsearched=(), sample="")
+    for as_json in (False, True):
+        with pytest.raises(RunFailedError, match="'greedy' found no allocation"):
+            print_solution(graph, problem(cells(2)), nothing, as_json)
+
+
 def test_measured_costs_carry_their_confidence_and_exact_ones_nothing() -> None:
     choices = cells(2, ("int4", "int8"))
     seconds = np.array([1e-3, 2e-3, 4e-3, 8e-3])
@@ -267,6 +295,8 @@ def test_the_page_is_written(folder: Path) -> None:
         (("solve", "toy", "--least", "memory=x", "--score", "1"), 2, "NAME=WEIGHT"),
         (("solve", "toy", "--least", "memori", "--score", "1"), 2, "did you mean 'memory'"),
         (("solve", "toy", "--pin", "9.*=int8"), 2, "matches no layer"),
+        (("frontier", "toy", "--points", "0"), 2, "at least 1 point, got 0"),
+        (("frontier", "toy", "--points", "9", "--all"), 2, "leave one out"),
         (("run", "job.toml", "--report", "no/such/page.html"), 2, "there is no folder no/such"),
         (("run", "job.toml", "--report", "."), 2, "it is a folder"),
         (("report", "toy", "--out", "no/page.html"), 2, "there is no folder no"),

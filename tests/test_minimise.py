@@ -129,6 +129,14 @@ def test_the_solution_holds_the_best_score_at_its_own_cost(least: SearchResult) 
     assert result.solution.gap == pytest.approx(1 - best.score / result.solution.score)
 
 
+def test_where_a_minimised_cost_ended_limits_no_frontier(least: SearchResult) -> None:
+    kept = least.frontier("bops")
+    assert len(kept.solutions) > 3
+    assert all([b.cost for b in s.budgets] == ["bops"] for s in kept.solutions)
+    again = least.frontier("bops", 24)
+    assert [b.cost for b in again.solutions[0].budgets] == ["bops"]
+
+
 def test_held_out_data_are_measured_beside_the_cheapest_uniform_scheme_that_meets(
     least: SearchResult,
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import mpq
+from mpq.core.errors import InfeasibleError
 from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import RunState
 from mpq.nn.divergence import OutputDivergence
@@ -181,6 +182,20 @@ def test_the_frontier_falls(store: Store) -> None:
     assert memory == sorted(memory)
     scores = [s.score for s in solutions]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_frontier_that_is_not_found_fails_no_search(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise InfeasibleError("infeasible", "no time left")
+
+    monkeypatch.setattr("solvers.frontier.frontier", fails)
+    result = search(store)
+    told = [e.message for e in store.events(result.run_id) if e.kind == "frontier"]
+    assert "memory is not kept: no time left" in told
+    assert store.frontier(result.run_id, "memory") is None
+    assert store.run(result.run_id).state == RunState.SUCCEEDED
 
 
 def test_convolutions_and_activations_under_a_latency_budget(store: Store) -> None:
