@@ -97,19 +97,19 @@ def test_embeddings_are_looked_up() -> None:
 
 
 NO_KERNEL = {
-    ("linear", "bf16"): "torch.nn.functional.linear in bf16 without AMX",
-    ("linear", "int8"): "torch._weight_int8pack_mm in fp32 only emulates",
-    ("linear", "int8g64"): "torch._weight_int8pack_mm in fp32 only emulates",
-    ("linear", "int4g64"): "torch._weight_int4pack_mm_for_cpu and torch._dyn_quant_matmul_4bit",
+    ("linear", "bf16"): "linear in bf16 rounds activations too, and only emulates bf16 without",
+    ("linear", "int8"): "torch._weight_int8pack_mm is a reference loop",
+    ("linear", "int8g64"): "torch._weight_int8pack_mm is a reference loop",
+    ("linear", "int4g64"): "torch._weight_int4pack_mm_for_cpu and torch._dyn_quant_matmul_4bit are",
     ("linear", "int2g32"): "no kernel of torch here quantizes the weights of linear so",
-    ("linear", "int8:int8s"): "torch._int_mm only emulates",
+    ("linear", "int8:int8s"): "torch._int_mm quantizes no activations and is a reference loop",
     ("linear", "int4:int8"): "8-bit weights; use int8:int7",
     ("linear", "int8:int4"): "8-bit weights; use int8:int7",
     ("linear", "fp32:int8"): "8-bit weights; use int8:int7",
     ("linear", "int8g64:int8"): "one scale per channel or tensor",
     ("linear", "int8a:int8"): "symmetric weights",
     ("conv2d", "int8:int8"): "runs in fp32 here; local has integer convolutions",
-    ("conv2d", "fp16"): "torch.nn.functional.conv2d in fp16 without",
+    ("conv2d", "fp16"): "torch.nn.functional.conv2d in fp16 rounds activations too",
     ("conv2d", "int8"): "quantizes the weights of conv2d so",
     ("embedding", "int8g64"): "quantizes the weights of embedding so",
 }

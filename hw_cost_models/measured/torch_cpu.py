@@ -31,14 +31,17 @@ _FP32 = {
     "conv_transpose2d": "conv_transpose2d",
 }
 _DEFAULT = {"linear": ("fp32", "fp16", "int8:int7")}
-# What torch would run in a loop of its own reference code, or by converting to fp32 and back: it
-# executes, at 0.01 to 0.6 of the speed of fp32, and says nothing of a kernel made for the format.
-_EMULATED = {
-    "bf16": "torch.nn.functional.linear in bf16 without AMX or AVX512_BF16",
-    "fp16": "torch.nn.functional.{kind} in fp16 without AVX512_FP16",
-    "symmetric": "torch._int_mm",
-    "int8": "torch._weight_int8pack_mm in fp32",
-    "int4": "torch._weight_int4pack_mm_for_cpu and torch._dyn_quant_matmul_4bit in fp32",
+# What executes, but is no evidence of a format's time: 0.01 to 0.6 of the speed of fp32 with
+# AVX2, and with VNNI and AVX512_BF16 the loops of the last two lines still take 0.01 to 0.14.
+_NO_EVIDENCE = {
+    "bf16": "torch.nn.functional.{kind} in bf16 rounds activations too, and only emulates bf16 "
+    "without AMX or AVX512_BF16",
+    "fp16": "torch.nn.functional.{kind} in fp16 rounds activations too, and only emulates fp16 "
+    "without AVX512_FP16",
+    "symmetric": "torch._int_mm quantizes no activations and is a reference loop without VNNI",
+    "int8": "torch._weight_int8pack_mm is a reference loop in fp32",
+    "int4": "torch._weight_int4pack_mm_for_cpu and torch._dyn_quant_matmul_4bit are reference "
+    "loops in fp32",
 }
 
 
@@ -176,7 +179,7 @@ def _decide(layer: Layer, scheme: Scheme) -> KernelCase | str:
     if layer.kind != "linear":
         return f"{scheme}: {layer.kind} runs in fp32 here; local has integer convolutions"
     if activations.symmetric:
-        return f"{scheme}: {_emulated('symmetric', layer)}; write int8:int7"
+        return f"{scheme}: {_NO_EVIDENCE['symmetric']}; write int8:int7"
     if (weights.family, weights.bits) != ("int", 8) or activations.bits not in (7, 8):
         return f"{scheme}: quantized::linear_dynamic takes 8-bit weights; use int8:int7"
     if isinstance(weights.granularity, PerGroup) or not weights.symmetric:
@@ -191,14 +194,9 @@ def _decide(layer: Layer, scheme: Scheme) -> KernelCase | str:
 
 def _weights_alone(layer: Layer, scheme: Scheme) -> str:
     family = scheme.weights.text("weights") if scheme.is_native else f"int{scheme.weights.bits}"
-    if family not in _EMULATED or (layer.kind != "linear" and not scheme.is_native):
+    if family not in _NO_EVIDENCE or (layer.kind != "linear" and not scheme.is_native):
         return f"{scheme}: no kernel of torch here quantizes the weights of {layer.kind} so"
-    return f"{scheme}: {_emulated(family, layer)}"
-
-
-def _emulated(family: str, layer: Layer) -> str:
-    name = _EMULATED[family].format(kind=layer.kind)
-    return f"{name} only emulates the format on CPUs, its time is no evidence"
+    return f"{scheme}: {_NO_EVIDENCE[family].format(kind=layer.kind)}; it is not timed"
 
 
 def _native(layer: Layer, weight: torch.Tensor) -> Kernel:
