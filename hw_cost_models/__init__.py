@@ -31,6 +31,7 @@ LOCAL = "local"  # this machine's kernels, measured; "local:torch_cpu" names who
 KERNELS: dict[str, str] = {
     "onnxruntime": "hw_cost_models.measured.onnxruntime:OnnxRuntime",  # where none is named
     "torch_cpu": "hw_cost_models.measured.torch_cpu:TorchCpu",
+    "cuda": "hw_cost_models.measured.cuda:Cuda",
 }
 
 

@@ -87,13 +87,20 @@ class NetworkSize:
         size = f"{2**rest}{('', 'Ki', 'Mi', 'Gi')[thousands]}"
         return replace(case, shape=f"{case.shape} in a network of {size} weights")
 
-    def rotation(self, layer: Layer, scheme: Scheme, bytes_per_s: float | None = None) -> Rotation:
+    def rotation(
+        self,
+        layer: Layer,
+        scheme: Scheme,
+        *,
+        bytes_per_s: float | None = None,
+        macs_per_s: float = _MACS_PER_S,
+    ) -> Rotation:
         """Return how many weights take turns: the bytes of the network in the same scheme.
 
         At most 64 MB, 128 weights or some 30 ms. `bytes_per_s` is the speed of the memory, that
-        of this machine's processor where it is not given.
+        of this machine's processor where it is not given; `macs_per_s` a guess.
         """
-        guess_s = max(layer.macs / max(layer.calls, 1) / _MACS_PER_S, 1e-9)
+        guess_s = max(layer.macs / max(layer.calls, 1) / macs_per_s, 1e-9)
         # The same for all schemes of a layer, so that none has more of the overhead.
         affordable = int(_MOST_BYTES / max(4 * layer.num_weights, 1))
         copies = max(1, min(round(_RUN_S / guess_s), affordable, _MOST_COPIES))

@@ -154,7 +154,7 @@ def make_kernel(layer: Layer, scheme: Scheme, weight: torch.Tensor) -> Kernel:
     `scheme` must have a kernel.
     """
     if scheme == Scheme(FP32):
-        return _native(layer, weight.clone())
+        return native_kernel(layer, weight.clone())
     with _engine(), _quiet():
         if scheme.weights.is_native:
             half = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -199,7 +199,8 @@ def _weights_alone(layer: Layer, scheme: Scheme) -> str:
     return f"{scheme}: {_NO_EVIDENCE[family].format(kind=layer.kind)}; it is not timed"
 
 
-def _native(layer: Layer, weight: torch.Tensor) -> Kernel:
+def native_kernel(layer: Layer, weight: torch.Tensor) -> Kernel:
+    """Return the layer in the type of its weight, which is not copied."""
     if layer.kind == "linear":
         return lambda x: F.linear(x, weight)
     if layer.kind == "embedding":
