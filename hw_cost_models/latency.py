@@ -151,6 +151,19 @@ class MeasuredLatency:
                     self._save(latency)
 
 
+def noise_note(table: CostTable) -> str:
+    """Return how many times of a table are uncertain by more than 15 %, "" where none is."""
+    share = (table.high - table.low) / 2 / np.maximum(table.values, 1e-12)
+    wide = int((share > _WIDE).sum())
+    if not wide:
+        return ""
+    (unit, scheme), worst = max(zip(table.cells, share, strict=True), key=lambda pair: pair[1])
+    return (
+        f"{wide} of {len(share)} times are uncertain by more than {_WIDE:.0%}, most that of "
+        f"{unit!r} in {scheme} ({worst:.0%}): the next search measures their noisy kernels again"
+    )
+
+
 def _untimed(layer: Layer, scheme: Scheme) -> bool:
     """Tell whether a layer stays as it is and has no kernel: no choice changes its time."""
     return layer.kind == "experts" and scheme.is_native
