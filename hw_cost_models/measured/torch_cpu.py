@@ -71,7 +71,8 @@ class TorchCpu:
 
     A run calls the kernel several times, each time with other weights; runs rotate over weights
     as those of ONNX Runtime do. A call has the overhead of an operator that Python calls, some
-    microseconds, as a layer of a network in torch has it. The input stays in place, the output
+    microseconds, as a layer of a network in torch has it; a run adds under 3 microseconds, shared
+    by its calls. The input stays in place, the output
     is allocated in every call. Raises InvalidInputError (`no_engine`) where torch is built
     without the engine.
     """
