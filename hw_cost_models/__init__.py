@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mpq.core.errors import unknown
 from mpq.core.protocols import CostModel, LatencyModel
+
+if TYPE_CHECKING:
+    from hw_cost_models.measured.backend import KernelBackend
 
 COST_MODELS: dict[str, str] = {
     "memory": "hw_cost_models.memory:Memory",
@@ -24,7 +27,12 @@ HARDWARE: dict[str, str] = {
     "table": "hw_cost_models.table:LatencyTable",
     "bitplanes": "hw_cost_models.bitplanes:BitPlanes",
 }
-LOCAL = "local"  # this machine's kernels, measured
+LOCAL = "local"  # this machine's kernels, measured; "local:torch_cpu" names whose
+KERNELS: dict[str, str] = {
+    "onnxruntime": "hw_cost_models.measured.onnxruntime:OnnxRuntime",  # where none is named
+    "torch_cpu": "hw_cost_models.measured.torch_cpu:TorchCpu",
+    "cuda": "hw_cost_models.measured.cuda:Cuda",
+}
 
 
 def get_cost_model(name: str, **options: Any) -> CostModel:
@@ -37,6 +45,22 @@ def get_cost_model(name: str, **options: Any) -> CostModel:
     return cast(CostModel, _loaded(COST_MODELS[name])(**options))
 
 
+def is_local(text: str) -> bool:
+    """Tell whether a text such as "local" or "local:torch_cpu" means measured kernels."""
+    return isinstance(text, str) and text.partition(":")[0] == LOCAL
+
+
+def get_kernels(text: str = LOCAL, **options: Any) -> KernelBackend:
+    """Return the backend of measured kernels that "local" or "local:NAME" means.
+
+    Raises InvalidInputError for an unknown name, and where this machine lacks what it needs.
+    """
+    _, colon, name = text.partition(":")
+    if colon and name not in KERNELS:
+        raise unknown("hardware", text, [LOCAL, *(f"{LOCAL}:{known}" for known in KERNELS)])
+    return cast("KernelBackend", _loaded(KERNELS[name or "onnxruntime"])(**options))
+
+
 def get_hardware(text: str) -> LatencyModel:
     """Return the latency model that a text such as "roofline:H100" or "table:FILE.csv" names.
 
@@ -46,7 +70,8 @@ def get_hardware(text: str) -> LatencyModel:
     if not colon or kind not in HARDWARE or (kind == "roofline" and not argument):
         from hw_cost_models.roofline import presets
 
-        raise unknown("hardware", text, [LOCAL, *presets(), *_WRITTEN])
+        local = [LOCAL, *(f"{LOCAL}:{name}" for name in KERNELS)]
+        raise unknown("hardware", text, [*local, *presets(), *_WRITTEN])
     return cast(LatencyModel, _loaded(HARDWARE[kind]).parse(argument))
 
 

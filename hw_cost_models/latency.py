@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from hw_cost_models.measured.capability import kernel_for
-from hw_cost_models.measured.device import device_fingerprint
-from hw_cost_models.measured.onnxruntime import OnnxRuntime
+from hw_cost_models import LOCAL, get_kernels
+from hw_cost_models.measured.backend import KernelBackend
 from hw_cost_models.measured.protocol import Stopwatch
 from mpq.core.formats import FP32, Scheme
 from mpq.core.latency import KernelCase, KernelLatency
@@ -27,6 +27,7 @@ _WIDE = 0.15
 class MeasuredLatency:
     """Sum over the layers of kernel time * calls, from kernels timed on this machine.
 
+    `hardware` names whose kernels: "local" is ONNX Runtime, others are "local:torch_cpu" etc.
     `known` holds times that are not measured again if they are of this device, except noisy ones
     that are uncertain by more than 15 %: each gets one more chance and the narrower interval is
     kept, and where nothing else is missing this takes only their share of the kernels as its
@@ -41,6 +42,7 @@ class MeasuredLatency:
     def __init__(
         self,
         *,
+        hardware: str = LOCAL,
         num_threads: int = 1,
         known: Mapping[KernelCase, KernelLatency] | None = None,
         save: Callable[[KernelLatency], None] | None = None,
@@ -49,8 +51,8 @@ class MeasuredLatency:
         progress: Callable[[float], None] | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.device = device_fingerprint(num_threads)  # what every time here belongs to
-        self._num_threads, self._seed = num_threads, seed
+        self._backend = partial(get_kernels, hardware, num_threads=num_threads, seed=seed)
+        self.device = self._backend().device  # what every time here belongs to
         self.latencies: dict[KernelCase, KernelLatency] = {
             case: latency
             for case, latency in (known or {}).items()
@@ -75,12 +77,13 @@ class MeasuredLatency:
         first call. Experts that stay as they are count nothing, like all that has no kernel.
         Raises InvalidInputError (`no_kernel`) for a cell without a real kernel.
         """
+        backend = self._backend(network_weights=_size(graph))
         units = _layers_by_unit(graph)
         searched = {layer.name for layers in units.values() for layer in layers}
         outside = [
             layer
             for layer in graph.layers
-            if layer.name not in searched and layer.calls and kernel_for(layer, _NATIVE)
+            if layer.name not in searched and layer.calls and not backend.why_not(layer, _NATIVE)
         ]
         inside = (la for layers in units.values() for la in layers if la.kind != "experts")
         native = [(layer, _NATIVE) for layer in (*outside, *inside)]
@@ -90,9 +93,6 @@ class MeasuredLatency:
             for layer in units[unit]
             if not _untimed(layer, scheme)
         ]
-        backend = OnnxRuntime(
-            num_threads=self._num_threads, network_weights=_size(graph), seed=self._seed
-        )
         self._measure(backend, [*native, *in_cells])
         sums = np.array([self._sum(backend, units[unit], scheme) for unit, scheme in cells])
         fixed = self._sum(backend, outside, _NATIVE)[0]
@@ -111,7 +111,7 @@ class MeasuredLatency:
         )
 
     def _sum(
-        self, backend: OnnxRuntime, layers: Sequence[Layer], scheme: Scheme
+        self, backend: KernelBackend, layers: Sequence[Layer], scheme: Scheme
     ) -> tuple[float, float, float]:
         timed = [layer for layer in layers if not _untimed(layer, scheme)]
         parts = [(self.latencies[backend.case(layer, scheme)], layer.calls) for layer in timed]
@@ -121,7 +121,7 @@ class MeasuredLatency:
             sum(calls * latency.high_s for latency, calls in parts),
         )
 
-    def _measure(self, backend: OnnxRuntime, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
+    def _measure(self, backend: KernelBackend, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
         """Time each kernel that has no good time yet; all schemes of a shape side by side."""
         cases = {backend.case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
         missing, wide = cases.keys() - self.latencies.keys(), cases.keys() & self._wide
@@ -149,6 +149,19 @@ class MeasuredLatency:
                 self.latencies[latency.case] = latency
                 if self._save is not None:
                     self._save(latency)
+
+
+def noise_note(table: CostTable) -> str:
+    """Return how many times of a table are uncertain by more than 15 %, "" where none is."""
+    share = (table.high - table.low) / 2 / np.maximum(table.values, 1e-12)
+    wide = int((share > _WIDE).sum())
+    if not wide:
+        return ""
+    (unit, scheme), worst = max(zip(table.cells, share, strict=True), key=lambda pair: pair[1])
+    return (
+        f"{wide} of {len(share)} times are uncertain by more than {_WIDE:.0%}, most that of "
+        f"{unit!r} in {scheme} ({worst:.0%}): the next search measures their noisy kernels again"
+    )
 
 
 def _untimed(layer: Layer, scheme: Scheme) -> bool:

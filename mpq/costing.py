@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware
-from hw_cost_models.measured.capability import default_schemes, why_no_kernel
-from hw_cost_models.measured.device import device_fingerprint
+from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware, get_kernels, is_local
+from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Format, PerGroup, Scheme, native_scheme, parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
+from mpq.core.protocols import LatencyModel
 from mpq.core.tables import Cells, CostTable
 from mpq.nn.batches import Batch
 from mpq.nn.workload import Workload
@@ -55,8 +55,14 @@ class Hardware:
         progress: Progress,
         beside: Callable[[str], Mapping[str, int]] = lambda _: {},
     ) -> None:
-        self._model = None if spec.hardware == LOCAL else get_hardware(spec.hardware)
-        self.device = self._model.provenance if self._model else device_fingerprint(_NUM_THREADS)
+        self._hardware = spec.hardware
+        self._model: LatencyModel | None = None
+        if is_local(spec.hardware):
+            self._kernels = get_kernels(spec.hardware, num_threads=_NUM_THREADS)
+            self.device = self._kernels.device
+        else:
+            self._model = get_hardware(spec.hardware)
+            self.device = self._model.provenance
         for cost in spec.minimised:
             if cost not in COST_MODELS:
                 raise unknown("cost", cost, COST_MODELS)
@@ -99,7 +105,7 @@ class Hardware:
         return "this machine" if self._model is None else "it"
 
     def _offered(self, layer: Layer) -> Sequence[Scheme]:
-        return default_schemes(layer) if self._model is None else self._model.schemes(layer)
+        return (self._model or self._kernels).schemes(layer)
 
     def _why_not(self, layer: Layer, scheme: Scheme) -> str:
         if layer.why_weights_only and not scheme.activations.is_native:
@@ -111,7 +117,7 @@ class Hardware:
             return self._model.why_not(layer, scheme)
         if layer.kind == "experts" and scheme == native_scheme(layer.native_family):
             return ""  # its time is outside of all that is measured
-        return why_no_kernel(layer, scheme) if self.times_matter else ""
+        return self._kernels.why_not(layer, scheme) if self.times_matter else ""
 
     def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
         """Return memory and BOPs of every cell, and what else is budgeted.
@@ -147,6 +153,9 @@ class Hardware:
         table = tables.get("latency")
         if table is None or table.provenance != f"measured on {self.device}":
             return {}
+        if self._hardware not in (LOCAL, f"{LOCAL}:{BACKEND}"):
+            log("latency", f"of the searched layers only: {self._hardware} times no whole network")
+            return {}
         from mpq.deploy.rest import with_rest
 
         try:
@@ -181,6 +190,7 @@ class Hardware:
 
             model = get_cost_model(
                 "latency",
+                hardware=self._hardware,
                 num_threads=_NUM_THREADS,
                 budget_s=self._seconds,
                 known=self._store.kernel_latencies(self.device),

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from hw_cost_models.measured.backend import KernelBackend
 from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
+from mpq.core.formats import Scheme
+from mpq.core.latency import KernelCase
+from mpq.core.layers import Layer
 from mpq.core.problem import Problem, Solution, Status
 from mpq.core.protocols import Exporter, Metric, Scores, Solver, Task
 from mpq.core.tables import Cells
@@ -41,6 +46,38 @@ def solver_contract(solver: Solver, problem: Problem) -> Solution:
         assert set(solution.infeasibility.names) <= {b.cost for b in problem.budgets}
         assert "\n" not in solution.infeasibility.message
     return solution
+
+
+# --- measured kernels --------------------------------------------------------------------------
+
+
+def kernel_contract(
+    backend: KernelBackend, layers: Sequence[Layer], schemes: Sequence[Scheme]
+) -> set[KernelCase]:
+    """Return the cases of all layers and schemes; whatever has none is refused with its reason."""
+    found = set()
+    for layer in layers:
+        offered = list(backend.schemes(layer))
+        assert len(set(offered)) == len(offered)
+        assert not any(backend.why_not(layer, scheme) for scheme in offered)
+        for scheme in {*offered, *schemes}:
+            reason = backend.why_not(layer, scheme)
+            assert "\n" not in reason
+            if not reason:
+                found.add(backend.case(layer, scheme))
+                continue
+            for refused in (backend.case, backend.op):
+                with pytest.raises(InvalidInputError) as caught:
+                    refused(layer, scheme)
+                assert (caught.value.code, str(caught.value)) == ("no_kernel", reason)
+    reference = backend.reference()
+    assert reference.case.kernel.endswith("fp32")
+    for op in (reference, backend.op(layers[0], backend.schemes(layers[0])[0])):
+        for _ in range(op.rotation + 1):
+            took = op.run()
+            assert not op.returns_ns or took >= 0  # type: ignore[operator]
+    assert {case.backend for case in found} == {reference.case.backend}
+    return found
 
 
 # --- exporters -------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ def made(name: str) -> tuple[nn.Module, Any, dict[str, Any]]:
     torch.manual_seed(3)
     if name == "mlp":
         return mlp(64, 128, 32), torch.randn(1, 64), {}
+    if name == "convolutions":
+        layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2)
+        return nn.Sequential(*layers), torch.randn(2, 3, 8, 8), {}
     if name == "embedded":  # a head tied to an embedding that is searched
         return Decoder(width=32), tokens(1), {"embeddings": True}
     return (*case(name), {})
@@ -85,6 +88,7 @@ def made(name: str) -> tuple[nn.Module, Any, dict[str, Any]]:
 NETS = [("mlp", text) for text in LINEAR]
 NETS += [("embedded", text) for text in ("int8g16", "int4g32a", "int8g32a")]
 NETS += [("conv", text) for text in LINEAR[:3]]
+NETS += [("convolutions", "int8:int8s")]  # a linear layer has no symmetric kernel
 NETS += [("recurrent", "int8:int8"), ("untied", "int8a:int8")]
 
 

@@ -158,3 +158,42 @@ def test_the_command_line_deploys_and_shows(
     text = run(app, ["show", "small", *options]).stdout
     assert "deployed to onnxruntime" in text
     assert "times as fast as fp32" in text
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no x86 engine")
+def test_times_of_another_librarys_kernels_predict_no_deployment(
+    store: Store, tmp_path: Path
+) -> None:
+    here = "tests.test_deployments"
+    run = searched(
+        store,
+        f"{here}:make_model",
+        f"{here}:batches",
+        hardware="local:torch_cpu",
+        schemes=["fp32", "int8:int8"],
+    )
+    table = run.problem.costs["latency"]
+    assert "torch" in table.provenance
+    assert table.provenance == f"measured on {store.run(run.run_id).device}"
+    notes = [e.message for e in store.events(run.run_id) if e.kind == "latency"]
+    assert notes == ["of the searched layers only: local:torch_cpu times no whole network"]
+    made = run.deploy("onnxruntime", tmp_path / "model.onnx", seconds=0.2)
+    assert made.predicted_s is None
+    assert made.measured_s > 0
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="no x86 engine")
+def test_a_search_is_offered_what_torch_runs_and_times_it_once(store: Store) -> None:
+    options: dict[str, Any] = {"hardware": "local:torch_cpu", "schemes": None}
+    run = searched(store, make_model(), batches(), **options)
+    offered = {str(scheme) for schemes in run.problem.cells.schemes for scheme in schemes}
+    assert offered == {"fp32", "fp16", "int8:int7"}
+    device = store.run(run.run_id).device
+    known = store.kernel_latencies(device)
+    assert {case.backend for case in known} == {"torch_cpu"}
+    again = searched(store, make_model(), batches(), **options)
+    assert store.kernel_latencies(device) == known
+    values = [r.problem.costs["latency"].values.tolist() for r in (run, again)]
+    assert values[0] == values[1]
+    with pytest.raises(InvalidInputError, match="_dyn_quant_matmul_4bit are reference loops"):
+        searched(store, make_model(), batches(), **(options | {"schemes": ["int4g32"]}))

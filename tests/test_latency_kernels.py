@@ -203,15 +203,37 @@ def test_integer_convolutions_are_right_to_one_output_step(name: str, text: str)
     assert np.abs(found - exact).max() < 1.01 * step
 
 
+@pytest.mark.parametrize("name", ["plain", "depthwise", "sequence"])
+def test_a_symmetric_static_range_is_the_same_kernel(name: str) -> None:
+    layer = CONVS[name]
+    x, weight = gaussian(layer.input_shape), gaussian(layer.weight_shape)
+    scale = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True) / 127
+    seen = np.clip(np.rint(x / (3.0 / 127)), -128, 127) * (3.0 / 127)  # 3 of [-2, 3]
+    dequantized = (np.rint(weight / scale) * scale).astype(np.float32)
+    exact = reference(layer, seen.astype(np.float32), dequantized)
+    limits = (float(exact.min()), float(exact.max()))
+    found, other = (
+        run(layer, text, x, [weight], input_limits=(-2.0, 3.0), output_limits=limits)[0]
+        for text in ("int8:int8s", "int8:int8")
+    )
+    step = (limits[1] - limits[0]) / 255
+    assert np.abs(found - exact).max() < 1.01 * step
+    assert np.abs(other - exact).max() > 1.01 * step
+    assert kernel_for(layer, parse_scheme("int8:int8s")) == kernel_for(
+        layer, parse_scheme("int8:int8")
+    )
+
+
+@pytest.mark.parametrize("text", ["int8:int8", "int8:int8s"])
 @pytest.mark.parametrize("name", ["plain", "stride", "grouped", "depthwise", "sequence"])
-def test_integer_convolutions_do_not_saturate(name: str) -> None:
+def test_integer_convolutions_do_not_saturate(name: str, text: str) -> None:
     """Signed weights lose half of this output on processors without VNNI."""
     layer = CONVS[name]
     x = np.full(layer.input_shape, 3.0, np.float32)
     weight = np.full(layer.weight_shape, 2.0, np.float32)
     exact = reference(layer, x, weight)
     limits = {"input_limits": (0.0, 3.0), "output_limits": (0.0, float(exact.max()))}
-    (found,) = run(layer, "int8:int8", x, [weight], **limits)
+    (found,) = run(layer, text, x, [weight], **limits)
     assert worst(found, exact) < 0.01
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hw_cost_models import get_cost_model
-from hw_cost_models.latency import MeasuredLatency
+from hw_cost_models.latency import MeasuredLatency, noise_note
 from hw_cost_models.measured.capability import kernel_for
 from hw_cost_models.measured.protocol import Op, Stopwatch
 from mpq.core.errors import InvalidInputError
@@ -233,6 +233,19 @@ def test_a_second_measurement_that_is_wider_is_not_kept() -> None:
     assert CountingStopwatch.seen[-1] == case
     assert saved == []
     assert again.latencies[case] == known[case]
+
+
+def test_times_that_are_very_uncertain_are_told() -> None:
+    model = MeasuredLatency(stopwatch=CountingStopwatch())
+    table = model.table(network(), CELLS)
+    assert noise_note(table) == ""
+    high = table.high.copy()
+    high[3] += 0.5 * table.values[3]  # from 10 to 35 %
+    high[1] += 0.2 * table.values[1]  # to 20 %
+    note = noise_note(replace(table, high=high))
+    assert note.startswith("2 of 6 times are uncertain by more than 15%, most that of 'twice' in")
+    assert "int4g32 (35%)" in note
+    assert noise_note(replace(table, low=table.values, high=table.values)) == ""
 
 
 def test_times_of_another_device_are_not_used() -> None:

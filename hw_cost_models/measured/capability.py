@@ -36,7 +36,8 @@ def kernel_for(layer: Layer, scheme: Scheme) -> KernelCase | None:
     quantizes the activations of the whole tensor at run time; convolutions run QLinearConv with
     a static activation scale, and the QuantizeLinear before, the DequantizeLinear after it and
     the changes of layout that the runtime adds are part of the kernel, because the neighbours
-    may be fp32. Both take *unsigned* weights:
+    may be fp32; a static range may be symmetric, int8:int8s, which is the zero point 128 of the
+    same kernel. Both take *unsigned* weights:
     signed ones meet unsigned activations in a 16-bit saturating multiply-add on x86 without
     VNNI, and are wrong by up to half of the output.
     int2, int4, int8 in groups of 16 to 256 (2 bits: 32 to 128) with fp32 activations:
@@ -104,9 +105,9 @@ def _integer(layer: Layer, scheme: Scheme) -> _Found:
     weights, activations = scheme.weights, scheme.activations
     if layer.kind not in ("linear", "conv1d", "conv2d"):
         return f"{scheme}: no integer kernel for {layer.kind}; it runs in fp32"
-    if activations.bits != 8 or activations.symmetric:
+    if activations.bits != 8 or (activations.symmetric and layer.kind == "linear"):
         return (
-            f"{scheme}: integer kernels take asymmetric 8-bit activations; "
+            f"{scheme}: integer kernels of {layer.kind} take asymmetric 8-bit activations; "
             f"write {weights.text('weights')}:int8"
         )
     if weights.bits != 8:

@@ -25,14 +25,14 @@ def _cpu() -> tuple[str, str]:
     return model, digest
 
 
-def device_fingerprint(num_threads: int = 1, library: str = "onnxruntime") -> str:
+def device_fingerprint(num_threads: int = 1, library: str = "onnxruntime", engine: str = "") -> str:
     """Return a text that differs where kernel times may differ.
 
-    CPU model, digest of its instruction-set flags, operating system, library with version,
-    thread count and the version of the measurement itself.
+    CPU model, digest of its instruction-set flags, operating system, library with version
+    and engine where it has several, thread count and the version of the measurement itself.
     """
     model, digest = _cpu()
-    version = importlib.metadata.version(library)
+    version = importlib.metadata.version(library) + (f" engine {engine}" if engine else "")
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     return (
         f"{model} ({platform.machine()}, isa {digest}), {platform.system()}, "

@@ -153,9 +153,11 @@ def _static_convolution(
         "wz": zeros if per_channel else zeros.reshape(()),
     }
     for name, (low, high) in {"x": input_limits, "y": output_limits}.items():
-        scale = factor * (high - low) / 255
+        symmetric = name == "x" and scheme.activations.symmetric
+        scale = factor * (max(-low, high) / 127 if symmetric else (high - low) / 255)
+        zero = CENTRE if symmetric else np.clip(np.rint(-low / scale), 0, 255)
         arrays[f"{name}s"] = np.array(scale, np.float32)
-        arrays[f"{name}z"] = np.array(np.clip(np.rint(-low / scale), 0, 255), np.uint8)
+        arrays[f"{name}z"] = np.array(zero, np.uint8)
     inputs = ["xq", "xs", "xz", "w", "ws", "wz", "ys", "yz"]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),

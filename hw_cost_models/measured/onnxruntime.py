@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hw_cost_models.measured.bandwidth import bytes_per_second
-from hw_cost_models.measured.capability import kernel_for, why_no_kernel
+from hw_cost_models.measured.backend import REFERENCE, NetworkSize, checked_threads
+from hw_cost_models.measured.capability import default_schemes, kernel_for, why_no_kernel
 from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.operands import Float32
 from hw_cost_models.measured.protocol import Op
@@ -19,26 +17,6 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.latency import KernelCase
 from mpq.core.layers import Layer
-
-_MACS_PER_S = 40e9  # only to guess how long a kernel takes
-_RUN_S = 1e-3  # wanted length of a run: far above its overhead, below a scheduler's time slice
-_MOST_COPIES = 12  # in a run
-_ROTATION_S = 30e-3  # a kernel so long that few fit in here is not waiting for memory
-_MOST_WEIGHTS = 128
-_MOST_BYTES = 64e6  # twice a large last-level cache: more weights make nothing colder
-
-_REFERENCE = Layer(
-    name="reference",
-    kind="linear",
-    weight_shape=(256, 256),
-    weight_id="reference",
-    weight_bytes=256 * 256 * 4,
-    input_shape=(64, 256),
-    output_shape=(64, 256),
-    macs=64 * 256 * 256,
-    calls=1,
-    order=0,
-)
 
 
 class OnnxRuntime:
@@ -57,12 +35,18 @@ class OnnxRuntime:
     def __init__(
         self, *, num_threads: int = 1, network_weights: int = 2**23, seed: int = 0
     ) -> None:
-        if num_threads < 1:
-            raise InvalidInputError("threads", f"threads are counted from 1, got {num_threads}")
-        self.num_threads = num_threads
+        self.num_threads = checked_threads(num_threads)
         self.device = device_fingerprint(num_threads)
-        self._network_log2 = min(round(math.log2(max(network_weights, 1))), 30)
+        self._network = NetworkSize.of(network_weights)
         self._seed = seed
+
+    def schemes(self, layer: Layer) -> tuple[Scheme, ...]:
+        """Return what is worth trying for a layer."""
+        return default_schemes(layer)
+
+    def why_not(self, layer: Layer, scheme: Scheme) -> str:
+        """Return why nothing runs a layer in a scheme, "" where something does."""
+        return why_no_kernel(layer, scheme)
 
     def case(self, layer: Layer, scheme: Scheme) -> KernelCase:
         """Return what is timed for a layer in a scheme.
@@ -72,9 +56,7 @@ class OnnxRuntime:
         case = kernel_for(layer, scheme)
         if case is None:
             raise InvalidInputError("no_kernel", why_no_kernel(layer, scheme))
-        thousands, rest = divmod(self._network_log2, 10)
-        size = f"{2**rest}{('', 'Ki', 'Mi', 'Gi')[thousands]}"
-        return replace(case, shape=f"{case.shape} in a network of {size} weights")
+        return self._network.within(case)
 
     def op(self, layer: Layer, scheme: Scheme) -> Op:
         """Return the kernel of a layer in a scheme, ready to run.
@@ -82,22 +64,14 @@ class OnnxRuntime:
         Memory: up to 64 MB of weights, or one weight. Raises InvalidInputError (`no_kernel`).
         """
         case = self.case(layer, scheme)
-        guess_s = max(layer.macs / max(layer.calls, 1) / _MACS_PER_S, 1e-9)
-        # The same for all schemes of a layer, so that none has more of the overhead.
-        affordable = int(_MOST_BYTES / max(4 * layer.num_weights, 1))
-        copies = max(1, min(round(_RUN_S / guess_s), affordable, _MOST_COPIES))
-        stored = max(layer.num_weights * scheme.weights.bits / 8, 1.0)
-        network = 2**self._network_log2 * scheme.weights.bits / 8
-        weights = math.ceil(min(_MOST_BYTES, network) / stored)
-        weights = min(weights, _MOST_WEIGHTS, math.ceil(_ROTATION_S / guess_s))
-        sessions = math.ceil(weights / copies)
-        read_s = _rows_read(layer) * stored / bytes_per_second()
-        return Op(case, self._rotating(layer, scheme, copies, sessions), copies, sessions, read_s)
+        turns = self._network.rotation(layer, scheme)
+        run = self._rotating(layer, scheme, turns.copies, turns.sets)
+        return Op(case, run, turns.copies, turns.sets, turns.read_s)
 
     def reference(self) -> Op:
         """Return the kernel that others are compared with: a small fp32 product."""
         small = OnnxRuntime(num_threads=self.num_threads, network_weights=2**20, seed=self._seed)
-        return small.op(_REFERENCE, Scheme(FP32))
+        return small.op(REFERENCE, Scheme(FP32))
 
     def _rotating(
         self, layer: Layer, scheme: Scheme, copies: int, sessions: int
@@ -137,13 +111,6 @@ class OnnxRuntime:
             session.run_with_iobinding(binding)
 
         return run
-
-
-def _rows_read(layer: Layer) -> float:
-    """Return the share of the weight that one call reads: all, but of an embedding some rows."""
-    if layer.kind != "embedding":
-        return 1.0
-    return min(1.0, math.prod(layer.input_shape) / layer.weight_shape[0])
 
 
 def session_options(num_threads: int) -> Any:

@@ -34,8 +34,8 @@ class JobSpec:
     (no password in it: the job is kept with the run). The metric "auto" scores by several within
     `metric_seconds`; measurements pick. Scoring ends early at a `precision`: a relative standard
     error, or "settled" (see mpq.adaptive). `skip` and the keys of `pin` are layer names or shell
-    patterns; `groups` adds units. `hardware` is "local" (this machine's kernels, measured) or
-    what `hw_cost_models.get_hardware` reads.
+    patterns; `groups` adds units. `hardware` is "local" (this machine's kernels, measured),
+    "local:torch_cpu" (those of a library) or what `hw_cost_models.get_hardware` reads.
     `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
     gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
     "accuracy >= 0.99" or "accuracy drop <= 1%" are on metrics of `evaluate`, on qualities or on

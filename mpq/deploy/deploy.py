@@ -15,7 +15,7 @@ from torch import nn
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError, unknown
 from mpq.core.formats import Scheme
-from mpq.core.latency import REST_INCLUDED
+from mpq.core.latency import REST_INCLUDED, KernelLatency
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.deploy.marked import feeds
 from mpq.deploy.network import OnnxNetwork, relative
@@ -105,7 +105,7 @@ def deploy(
         fp32_s=fp32.median_s,
         fp32_low_s=fp32.low_s,
         fp32_high_s=fp32.high_s,
-        predicted_s=_predicted_s(result, shape, fp32.median_s),
+        predicted_s=_predicted_s(result, shape, fp32),
         any_batch=exported.marked.any_batch,
     )
     result.store.put_deployment(result.run_id, deployment)
@@ -207,13 +207,17 @@ def _read_bytes(graph: LayerGraph, schemes: Mapping[LayerName, Scheme]) -> int:
     return sum(sizes.values())
 
 
-def _predicted_s(result: SearchResult, shape: str, fp32_s: float) -> float | None:
+def _predicted_s(result: SearchResult, shape: str, fp32: KernelLatency) -> float | None:
     """Return what the latency table says of the whole network on a sample of its own shape.
 
-    A table of the searched layers alone tells what they save of the fp32 network.
+    A table of the searched layers alone tells what they save of the fp32 network. A table that
+    is modelled, or of another machine's or library's kernels, says nothing of this one.
     """
     table = result.problem.costs.get("latency")
     if table is None or shape != result.graph.sample:
         return None
+    if not table.provenance.startswith(f"measured on {fp32.device}"):
+        return None
     total = (result.solution.totals or {})["latency"]
-    return total if REST_INCLUDED in table.provenance else fp32_s + total - table.baseline
+    whole = REST_INCLUDED in table.provenance
+    return total if whole else fp32.median_s + total - table.baseline

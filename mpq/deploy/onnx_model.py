@@ -209,7 +209,8 @@ def _static_convolution(placed: Placed, source: str, output: str, writer: _Write
     scales = _scales(stored, () if per_tensor else (-1,), layer.weight_id, writer)
     assert placed.input_limits is not None
     assert placed.output_limits is not None
-    inputs = _steps(f"{layer.name}.input", placed.input_limits, writer)
+    symmetric = placed.scheme.activations.symmetric
+    inputs = _steps(f"{layer.name}.input", placed.input_limits, writer, symmetric=symmetric)
     outputs = _steps(f"{layer.name}.output", placed.output_limits, writer)
     rounded = writer.node("QuantizeLinear", [source, *inputs])
     operands = [rounded, *inputs, codes, scales, _zeros(placed, writer), *outputs]
@@ -217,11 +218,12 @@ def _static_convolution(placed: Placed, source: str, output: str, writer: _Write
     return writer.node("DequantizeLinear", [made, *outputs], output)
 
 
-def _steps(name: str, limits: Limits, writer: _Writer) -> list[str]:
+def _steps(name: str, limits: Limits, writer: _Writer, *, symmetric: bool = False) -> list[str]:
     """Store scale and zero point of a static 8-bit range, computed as the search computes them."""
     low, high = np.float32(limits[0]), np.float32(limits[1])
-    scale = np.maximum((high - low) / np.float32(255), np.float32(1e-12))
-    zero = np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
+    step = np.maximum(-low, high) / np.float32(127) if symmetric else (high - low) / np.float32(255)
+    scale = np.maximum(step, np.float32(1e-12))
+    zero = np.uint8(128) if symmetric else np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
     return [
         writer.stored(f"{name}.scale", lambda: np.array(scale, np.float32)),
         writer.stored(f"{name}.zero_point", lambda: np.array(zero)),
