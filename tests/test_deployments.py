@@ -158,3 +158,28 @@ def test_the_command_line_deploys_and_shows(
     text = run(app, ["show", "small", *options]).stdout
     assert "deployed to onnxruntime" in text
     assert "times as fast as fp32" in text
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(result: SearchResult) -> None:
+    with pytest.raises(InvalidInputError, match=r"cannot write nowhere/model\.onnx"):
+        result.deploy("onnxruntime", "nowhere/model.onnx")
+
+
+@pytest.mark.slow
+def test_the_predicted_latency_is_that_of_the_deployed_network(
+    store: Store, tmp_path: Path
+) -> None:
+    """Of a transformer, where layers are most of the time: within what a shared machine drifts."""
+    from examples import minilm
+
+    batches = minilm.calibration_batches()[:1]
+    sample = {name: values[:1, :16] for name, values in batches[0].items()}
+    model = minilm.make_model()
+    options = {"sample": sample, "budgets": ["latency <= 85%"], "num_probes": 1}
+    run = searched(store, model, batches, latency_seconds=20.0, **options)
+    given = {"model": model, "calibration": batches, "sample": sample}
+    made = run.deploy("onnxruntime", tmp_path / "model.onnx", **given)
+    assert made.latency_error is not None
+    assert abs(made.latency_error) < 0.2
+    assert made.stored_bytes == pytest.approx(made.predicted_bytes, rel=1e-3)
+    assert made.speed_up > 1.0
