@@ -166,15 +166,20 @@ def print_budgets(of: Bench, count: int, seconds: float) -> None:
         ).allocation
         assert allocation is not None
         chosen.append(allocation)
-    met = within = 0
-    for limit, (one, _) in zip(limits, of.measured(chosen, seconds), strict=True):
+    met = within = share_met = 0
+    for limit, (one, fp32) in zip(limits, of.measured(chosen, seconds), strict=True):
+        wanted, share = limit / table.baseline, one.median_s / fp32.median_s
         met += one.median_s <= limit
         within += one.low_s <= limit
+        share_met += share <= wanted
         print(
-            f"  latency <= {limit * 1e6:6.0f} us: measured {one.median_s * 1e6:6.0f} us "
-            f"({100 * (one.median_s / limit - 1):+.1f} %)"
+            f"  latency <= {limit * 1e6:5.0f} us: {one.median_s * 1e6:5.0f} us "
+            f"({100 * (one.median_s / limit - 1):+4.1f} %); <= {wanted:.1%} of fp32: {share:.1%}"
         )
-    print(f"  budgets met: {met} of {count}, within the error of the measurement {within}")
+    print(
+        f"  budgets met: {met} of {count}, within the error of the measurement {within}; as a "
+        f"share of the fp32 network beside it {share_met}"
+    )
 
 
 def main() -> None:

@@ -167,11 +167,9 @@ def deploy_run(
     import json
 
     from mpq.core.jobs import RunState
-    from mpq.report import check_writable
     from mpq.result import SearchResult
     from mpq.store.store import open_store
 
-    check_writable(out)
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
         given = {"model": model, "calibration": calibration, "sample": sample}

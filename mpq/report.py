@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.along import along, given_problem
+from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.layers import LayerGraph
@@ -53,7 +54,8 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         coverage=f"{result.graph.coverage:.1%}",
         size=quantity(result.graph.native_bytes, "bytes"),
         rows=_unit_rows(result.graph, result.problem, result.unit_allocation),
-        events=store.events(run_id),
+        deployed=[line for made in result.deployments for line in made.lines()],
+        events=[event for event in store.events(run_id) if event.kind != DEPLOYED],
         plots=plots(result),
         additivity=result.additivity(),
         chosen=result.unit_allocation,

@@ -14,7 +14,6 @@ from mpq.additivity import additivity
 from mpq.along import along, along_table, given_problem
 from mpq.console import new_console as _console
 from mpq.core.budgets import Budget
-from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import InfeasibleError, RunFailedError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
@@ -37,8 +36,7 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         print(json.dumps(view, indent=2))
         return
     console = _console()
-    state = f"  {view['name']}  {view['state']}"
-    console.print(Text.assemble("run ", (view["id"], "bold"), state))
+    console.print(Text.assemble("run ", (view["id"], "bold"), f"  {view['name']}  {view['state']}"))
     if view["error"]:
         console.print(Text(view["error"], "red"))
     if view["graph"]:
@@ -55,9 +53,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(along_table(rows))
     lines = worth_lines(problem, result.solution)
     lines += additivity(problem, allocation, told, strongest=3).told()
-    lines += stability_lines(view["stability"])
-    lines += [line for deployed in store.deployments(run_id) for line in deployed.lines()]
-    for line in lines:
+    deployed = [line for made in result.deployments for line in made.lines()]
+    for line in [*lines, *stability_lines(view["stability"]), *deployed]:
         console.print(Text(line))
     for line in view["notes"]:
         console.print(Text(line, "dim"))
@@ -68,8 +65,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
     record = store.run(run_id)
     chosen = CHOSEN in dict(store.solutions(run_id))
     result = SearchResult(store, run_id) if chosen else None
-    shown = result is not None and usual_draws(result.problem)
-    stability = result.stability() if result is not None and shown else None
+    stability = result.stability() if result and usual_draws(result.problem) else None
     graph = store.graph(run_id) if record.has_graph else None
     return {
         "id": record.id,
@@ -87,7 +83,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         "stability": None if stability is None else stability_view(stability),
         "evaluations": [_evaluation_view(e) for e in store.evaluations(run_id)],
         "deployments": [deployed.view() for deployed in store.deployments(run_id)],
-        "notes": [f"{e.kind}: {e.message}" for e in store.events(run_id) if e.kind != DEPLOYED],
+        "notes": store.notes(run_id),
     }
 
 

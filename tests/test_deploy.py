@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hw_cost_models import get_cost_model
-from hw_cost_models.measured.capability import kernel_for
+from hw_cost_models.measured.capability import default_schemes, kernel_for
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme, parse_scheme
@@ -24,7 +25,7 @@ from mpq.deploy.onnx_model import stored_bytes
 from mpq.deploy.onnxruntime import Session
 from mpq.deploy.placed import Placed, markable
 from mpq.deploy.rounding import as_kernels
-from mpq.nn.batches import call
+from mpq.nn.batches import call, cut
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating
@@ -361,3 +362,24 @@ def test_padding_of_the_same_size_is_that_of_torch() -> None:
     found = Session(serialized).output(feeds(network.model, x))
     expected = F.conv2d(x, w, padding=1).flatten(1).numpy()
     assert relative(found, expected) < 1e-5
+
+
+EXAMPLES = ["digits_vit", "digits_resnet20", pytest.param("minilm", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_deploy_in_a_mix_of_formats(name: str) -> None:
+    """Every layer takes another of the formats that it is offered."""
+    example = importlib.import_module(f"examples.{name}")
+    model, batches = example.make_model(), example.calibration_batches()[:1]
+    sample = cut(batches[0], 0, 1)
+    graph = with_input_ranges(model, build_graph(model, sample), batches)
+    names = [layer for unit in graph.units for layer in unit.layers]
+    offered = {layer: default_schemes(graph.by_name[layer]) for layer in names}
+    schemes = {n: offers[i % len(offers)] for i, (n, offers) in enumerate(offered.items())}
+    network, quantizer = OnnxNetwork.export(model, graph, sample), WeightQuantizer()
+    assert network.marked.any_batch
+    serialized, placed = network.mixed(schemes, quantizer, batches)
+    assert placed.keys() == set(names)
+    found, said, searched = outputs(network, serialized, placed, quantizer, sample)
+    assert relative(found, said) < relative(said, searched) + 1e-3 < 0.1

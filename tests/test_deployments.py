@@ -197,3 +197,31 @@ def test_a_search_is_offered_what_torch_runs_and_times_it_once(store: Store) -> 
     assert values[0] == values[1]
     with pytest.raises(InvalidInputError, match="_dyn_quant_matmul_4bit are reference loops"):
         searched(store, make_model(), batches(), **(options | {"schemes": ["int4g32"]}))
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(result: SearchResult) -> None:
+    with pytest.raises(InvalidInputError, match=r"cannot write nowhere/model\.onnx"):
+        result.deploy("onnxruntime", "nowhere/model.onnx")
+
+
+@pytest.mark.slow
+def test_the_predicted_latency_is_that_of_the_deployed_network(
+    store: Store, tmp_path: Path
+) -> None:
+    """Of a transformer, where layers are most of the time; benchmarks/latency.py tells how well.
+
+    The bound is wide because other work on the machine between the two moments counts as error.
+    """
+    from examples import minilm
+
+    batches = minilm.calibration_batches()[:1]
+    sample = {name: values[:1, :16] for name, values in batches[0].items()}
+    model = minilm.make_model()
+    options = {"sample": sample, "budgets": ["latency <= 85%"], "num_probes": 1}
+    run = searched(store, model, batches, latency_seconds=20.0, **options)
+    given = {"model": model, "calibration": batches, "sample": sample}
+    made = run.deploy("onnxruntime", tmp_path / "model.onnx", **given)
+    assert made.latency_error is not None
+    assert abs(made.latency_error) < 0.5
+    assert made.stored_bytes == pytest.approx(made.predicted_bytes, rel=1e-3)
+    assert made.speed_up > 1.0

@@ -28,6 +28,7 @@ from mpq.nn.batches import Batch, call, check_batches, cut, describe
 from mpq.nn.patch import evaluating
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
+from mpq.report import check_writable
 
 if TYPE_CHECKING:
     from mpq.result import SearchResult
@@ -72,6 +73,7 @@ def deploy(
     """
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
+    check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
     schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)

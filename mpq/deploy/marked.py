@@ -90,7 +90,7 @@ def feeds(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the batch as the model's inputs, arrays by name."""
     served = _Served(model, batch)
     return {
-        name: tensor.detach().numpy()
+        name: tensor.detach().contiguous().numpy()
         for name, tensor in zip(served.names, served.tensors, strict=True)
     }
 

@@ -269,6 +269,11 @@ class Store:
         with self._write(run_id) as session:
             events.put(session, run_id, kind, message)
 
+    def notes(self, run_id: str) -> list[str]:
+        """Return the lines of the log that are for people."""
+        logged = self.events(run_id)
+        return [f"{event.kind}: {event.message}" for event in logged if event.kind != DEPLOYED]
+
     def events(self, run_id: str, after: int = 0) -> list[EventRecord]:
         """Return the log, oldest first; `after` is the number of the last line already seen."""
         with self._read(run_id) as session:
