@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -9,16 +10,21 @@ from mpq.core.errors import MpqError
 from mpq.core.frontier import Frontier, Surface
 from mpq.core.jobs import JobSpec
 from mpq.core.problem import Problem
+from mpq.progress import Progress
 from mpq.result import KEPT_GRID, KEPT_POINTS
 from mpq.store.store import Store
 from solvers.risk import at_risk
 
+_TIME_LIMIT_S = 60.0  # after which no further one is begun
 
-def keep_frontiers(problem: Problem, spec: JobSpec, store: Store, run_id: str) -> None:
+
+def keep_frontiers(
+    problem: Problem, spec: JobSpec, store: Store, run_id: str, progress: Progress
+) -> None:
     """Keep the frontier of each cost, the budgets of the others at the risk that was asked.
 
-    Where a minimised cost ended is no budget. A frontier that cannot be found is a line in the
-    log: the search is over and what it measured is there.
+    Where a minimised cost ended is no budget. A frontier that cannot be found, or that is not
+    begun within a minute, is a line in the log: the search is over and what it measured is there.
     """
     from solvers.frontier import frontier
     from solvers.surface import surface
@@ -29,10 +35,19 @@ def keep_frontiers(problem: Problem, spec: JobSpec, store: Store, run_id: str) -
     both = ("memory", "latency")
     if problem.costs.keys() >= set(both):
         asked[both] = partial(surface, costs=both, points=KEPT_GRID)
-    for costs, found in asked.items():
-        try:
-            store.put_frontier(
-                run_id, found(at_risk(problem, spec.risk, (*costs, *spec.minimised)))
-            )
-        except MpqError as error:
-            store.log(run_id, "frontier", f"{','.join(costs)} is not kept: {error}")
+    deadline = time.monotonic() + _TIME_LIMIT_S
+    with progress.stage("frontiers", len(asked)) as advance:
+        for costs, found in asked.items():
+            free, reason = (*costs, *spec.minimised), ""
+            if time.monotonic() > deadline:
+                reason = (
+                    f"{_TIME_LIMIT_S:g} s had passed; pages and mpq frontier find it when asked"
+                )
+            else:
+                try:
+                    store.put_frontier(run_id, found(at_risk(problem, spec.risk, free)))
+                except MpqError as error:
+                    reason = str(error)
+            if reason:
+                store.log(run_id, "frontier", f"{','.join(costs)} is not kept: {reason}")
+            advance()

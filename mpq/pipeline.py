@@ -284,7 +284,8 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         chosen, criterion = choose(
             problem, proposals, spec, measured, around, store, run_id, with_metrics
         )
-    keep_frontiers(plain.with_budgets(chosen.solution.budgets), spec, store, run_id)
+    within = plain.with_budgets(chosen.solution.budgets)
+    keep_frontiers(within, spec, store, run_id, workers.progress)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
     _weigh(chosen, workload, store, run_id)
 

@@ -194,6 +194,17 @@ def test_a_frontier_that_is_not_found_fails_no_search(
     result = search(store)
     told = [e.message for e in store.events(result.run_id) if e.kind == "frontier"]
     assert "memory is not kept: no time left" in told
+
+
+def test_frontiers_take_no_more_than_their_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq.frontiers._TIME_LIMIT_S", -1.0)
+    result = search(store)
+    told = [e.message for e in store.events(result.run_id) if e.kind == "frontier"]
+    assert {message.partition(" ")[0] for message in told} >= set(result.problem.costs)
+    assert store.frontier(result.run_id, "memory") is None
+    assert len(result.frontier("memory").solutions) > 1
     assert store.frontier(result.run_id, "memory") is None
     assert store.run(result.run_id).state == RunState.SUCCEEDED
 
