@@ -12,7 +12,7 @@ demo: $(READY)  ## search MiniLM under a memory and a latency budget
 	$(BIN)/mpq run examples/minilm.toml
 
 test: $(READY)  ## everything but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(READY)  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

@@ -2,12 +2,15 @@
 
 Heavy-tailed synthetic instances, two budgets, gap 1e-4, warm, one thread; tight: 5 % of range.
 Times are processor time, CBC's own process included: on an idle machine that of the clock.
-What the other solvers and questions take is in benchmarks/solver_sections.
-Run: python benchmarks/solvers.py [units ...]
+Then what pairs, error bars, questions about an answer and the other solvers take: each of
+benchmarks/solver_sections also runs alone (python -m benchmarks.solver_sections.pairs); `measured`,
+which measures for a quarter of an hour, only so.
+Run: python benchmarks/solvers.py [units ...]; with units these sizes alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import subprocess
@@ -27,6 +30,7 @@ from solvers.auto import Auto
 
 SCHEMES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16")
 SEEDS = {500: 20, 5000: 20, 1_000_000: 3}
+SECTIONS = ("pairs", "robust", "answers", "baselines")
 GRID = (22, 22)  # of limits, of which some 50 to 60 near both ends cannot be met
 
 
@@ -163,6 +167,9 @@ def main() -> None:
     frontiers()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
     print(f"\npeak memory: {peak:.2f} GB")
+    for name in () if len(sys.argv) > 1 else SECTIONS:
+        print(f"\n-- {name}", flush=True)
+        importlib.import_module(f"benchmarks.solver_sections.{name}").main()
 
 
 if __name__ == "__main__":
