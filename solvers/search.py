@@ -66,15 +66,19 @@ def list_choices(
     below the threshold. A row of `listed` becomes the objective, the reduced value, and for
     each budget the cost in two doubles, which is its exact sum; `sums[0]` is what they begin
     with. Depth first and always in the same order; it ends with one more than fit into `listed`,
-    or at choice number `wanted`, whose entries, each plus one, are left in `place`.
+    which it also says after trying very many entries for few choices, or at choice number
+    `wanted`, whose entries, each plus one, are left in `place`.
     """
     units, num_bounds, rows = len(starts) - 1, len(roots), costs.shape[1]
-    found, t = 0, 0
+    found, t, tries = 0, 0, 64 * len(listed) + 4096
     place[0] = starts[0]
     for j in range(num_bounds):
         reached[0, j] = roots[j]
     while t >= 0:
         i = place[t]
+        tries -= 1
+        if tries < 0 and wanted < 0:
+            return len(listed) + 1
         if i == starts[t + 1]:
             t -= 1
             continue
