@@ -15,8 +15,8 @@ from hw_cost_models.measured.capability import kernel_for, why_no_kernel
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
-from mpq.nn.batches import Batch, checked_call
-from mpq.nn.patch import evaluating
+from mpq.nn.batches import Batch
+from mpq.nn.calibrate import run_observed
 from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 
@@ -141,13 +141,7 @@ def output_limits(
         return module.register_forward_hook(hook)
 
     handles = [observe(name) for name in names]
-    try:
-        with evaluating(model), torch.no_grad():
-            for number, batch in enumerate(batches if handles else ()):
-                checked_call(model, batch, f"calibration batch {number}")
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_observed(model, batches, handles)
     return limits
 
 

@@ -45,6 +45,14 @@ def _min_max(
         return handle
 
     handles = [hook(name) for name in names]
+    run_observed(model, batches, handles)
+    return limits
+
+
+def run_observed(
+    model: nn.Module, batches: Sequence[Batch], handles: Sequence[RemovableHandle]
+) -> None:
+    """Run a model over calibration batches for its hooks, which are removed, also on error."""
     try:
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(batches if handles else ()):
@@ -52,4 +60,3 @@ def _min_max(
     finally:
         for handle in handles:
             handle.remove()
-    return limits
