@@ -398,9 +398,12 @@ def slow_deployed_weights(model: Any) -> dict[str, np.ndarray]:
     made = {node.output[0]: node for node in model.graph.node}
     found = {}
 
-    def array(name: str) -> np.ndarray:
+    def stored(name: str) -> str:
         """Follow what runs once at load back to the stored array: casts and other shapes."""
-        return arrays[name] if name in arrays else array(made[name].input[0])
+        return name if name in arrays else stored(made[name].input[0])
+
+    def array(name: str) -> np.ndarray:
+        return arrays[stored(name)]
 
     for node in model.graph.node:
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -428,9 +431,7 @@ def slow_deployed_weights(model: Any) -> dict[str, np.ndarray]:
             place = places[0]
         else:
             continue
-        name = node.input[place]
-        name = name if name in arrays else made[name].input[0]
-        found[name.removesuffix(".codes")] = weight
+        found[stored(node.input[place]).removesuffix(".codes")] = weight
     return found
 
 

@@ -18,7 +18,8 @@ from mpq.core.layers import LayerGraph, LayerName
 from mpq.deploy.marked import MarkedGraph, export_marked, feeds
 from mpq.deploy.onnx_model import with_kernels
 from mpq.deploy.onnxruntime import Session
-from mpq.deploy.placed import Limits, Placed, is_static, markable, output_limits, place
+from mpq.deploy.placed import Placed, markable, place, with_output_limits
+from mpq.deploy.tails import Tail, tails
 from mpq.nn.batches import Batch, call, cut, num_samples
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
@@ -28,12 +29,16 @@ _FAITHFUL = 1e-3  # relative difference that rounding in another order may make 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxNetwork:
-    """A network as a marked graph, and its fp32 form, which computes as torch does."""
+    """A network as a marked graph, and its fp32 form, which computes as torch does.
+
+    `tails` are those of its layers, taken where they run in integers.
+    """
 
     model: nn.Module
     graph: LayerGraph
     sample: Batch
     marked: MarkedGraph
+    tails: Mapping[LayerName, Tail]
     fp32: bytes
 
     @classmethod
@@ -44,7 +49,7 @@ class OnnxNetwork:
         exported, or its fp32 form returns something else than torch.
         """
         names = markable(model, graph)
-        placed = place(model, graph, dict.fromkeys(names, Scheme(FP32)), WeightQuantizer(), {})
+        placed = place(model, graph, dict.fromkeys(names, Scheme(FP32)), WeightQuantizer())
         total = num_samples(sample)
         two = cut(sample, 0, 1) if total > 1 else _twice(sample)
         reason = ""
@@ -61,7 +66,14 @@ class OnnxNetwork:
                 reason = (str(error).strip().splitlines() or [repr(error)])[0]
                 continue
             if max(differences) <= _FAITHFUL:
-                return cls(model=model, graph=graph, sample=sample, marked=marked, fp32=serialized)
+                return cls(
+                    model=model,
+                    graph=graph,
+                    sample=sample,
+                    marked=marked,
+                    tails=tails(marked, _biases(placed)),
+                    fp32=serialized,
+                )
             reason = f"its outputs differ from torch's by {max(differences):.2g}"
         raise InvalidInputError("no_onnx", f"the exported network is not the network: {reason}")
 
@@ -75,12 +87,9 @@ class OnnxNetwork:
 
         Ranges of the outputs of integer convolutions come from the calibration batches.
         """
-        static = [name for name, s in schemes.items() if is_static(self.graph.by_name[name], s)]
-        ranges: Mapping[LayerName, Limits] = {}
-        if static and calibration:
-            with self._quantized(schemes, quantizer):
-                ranges = output_limits(self.model, static, calibration)
-        placed = place(self.model, self.graph, schemes, quantizer, ranges)
+        placed = place(self.model, self.graph, schemes, quantizer, self.tails)
+        with self._quantized(schemes, quantizer):
+            placed = with_output_limits(self.model, placed, calibration)
         return with_kernels(self.marked, placed), placed
 
     def fake_quantized_output(
@@ -95,6 +104,15 @@ class OnnxNetwork:
     ) -> AbstractContextManager[nn.Module]:
         limits = self.graph.input_ranges
         return quantized(self.model, schemes, quantizer=quantizer, limits=limits)
+
+
+def _biases(placed: Mapping[LayerName, Placed]) -> dict[LayerName, npt.NDArray[np.float32]]:
+    """Return the bias of each convolution, zeros where it has none."""
+    return {
+        name: np.zeros(p.layer.weight_shape[0], np.float32) if p.bias is None else p.bias
+        for name, p in placed.items()
+        if p.layer.kind in ("conv1d", "conv2d")
+    }
 
 
 def _output(model: nn.Module, batch: Batch) -> npt.NDArray[np.float32]:

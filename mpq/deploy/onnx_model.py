@@ -12,25 +12,28 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import PerGroup, PerTensor
 from mpq.core.layers import LayerName
 from mpq.deploy.marked import ATTRIBUTE, DOMAIN, OPSET, MarkedGraph
-from mpq.deploy.placed import Limits, Placed
+from mpq.deploy.placed import Limits, Placed, is_static, static_step
 from mpq.nn.quantizers import IntegerWeight
 
 _MICROSOFT = "com.microsoft"
 _PREFIX = "model."  # of the exporter's names
 _LARGEST = 2**31 - 1  # bytes of one file of this kind
+_FLOAT, _UINT8, _INT32 = 1, 2, 6  # types as ONNX counts them
 
 Arrays = dict[str, npt.NDArray[Any]]
+_Rounded = tuple[str, Limits, bool]  # a tensor, its static range, and whether that is symmetric
 
 
 class _Writer:
     """Collects the nodes and stored arrays that take the place of one marked node.
 
     An array that several layers share is stored once, under the name of its parameter; what
-    only changes its layout or type is a node that the runtime runs once, when it loads.
+    only changes its layout or type is a node that the runtime runs once, when it loads. `codes`
+    are the tensors that are there in 8 bits too, by tensor and range.
     """
 
-    def __init__(self, arrays: Arrays, prefix: str) -> None:
-        self.arrays, self.nodes = arrays, list[Any]()
+    def __init__(self, arrays: Arrays, codes: dict[_Rounded, list[str]], prefix: str) -> None:
+        self.arrays, self.codes, self.nodes = arrays, codes, list[Any]()
         self._prefix = prefix
 
     def stored(self, name: str, make: Callable[[], npt.NDArray[Any]]) -> str:
@@ -60,18 +63,21 @@ def with_kernels(marked: MarkedGraph, placed: Mapping[LayerName, Placed]) -> byt
 
     model = onnx.load_from_string(marked.serialized)
     arrays: Arrays = {}
+    codes: dict[_Rounded, list[str]] = {}
     nodes: list[Any] = []
     seen: dict[LayerName, int] = {}
+    inside = {name for p in placed.values() if p.tail for name in p.tail.nodes}
     for node in model.graph.node:
         if node.domain != DOMAIN:
-            nodes.append(node)
+            nodes += [] if node.name in inside else [node]
             continue
         (name,) = (helper.get_attribute_value(a) for a in node.attribute if a.name == ATTRIBUTE)
         layer = name.decode()
         seen[layer] = seen.get(layer, 0) + 1
-        writer = _Writer(arrays, f"{layer}/{seen[layer]}/")
+        writer = _Writer(arrays, codes, f"{layer}/{seen[layer]}/")
         _write(placed[layer], node.input[0], node.output[0], writer)
         nodes += writer.nodes
+    nodes = _without_unread(nodes, [output.name for output in model.graph.output])
     for layer in placed:
         if layer not in seen:
             raise InvalidInputError(
@@ -127,8 +133,17 @@ def _replace_nodes(model: Any, nodes: list[Any], arrays: Arrays) -> None:
     model.graph.node.extend(nodes)
 
 
+def _without_unread(nodes: list[Any], outputs: list[str]) -> list[Any]:
+    """Leave out what turns codes into numbers that nobody reads, because they read the codes."""
+    read = {name for node in nodes for name in node.input} | set(outputs)
+    return [n for n in nodes if n.op_type != "DequantizeLinear" or n.output[0] in read]
+
+
 def _write(placed: Placed, source: str, target: str, writer: _Writer) -> None:
     kind, scheme = placed.layer.kind, placed.scheme
+    if is_static(placed.layer, scheme) and placed.tail is not None:
+        _static_convolution(placed, source, placed.tail.output, writer)
+        return
     output = target if placed.bias is None else ""
     if kind == "embedding" or kind == "linear":
         if scheme.is_native:
@@ -199,30 +214,78 @@ def _native_convolution(placed: Placed, source: str, output: str, writer: _Write
 
 
 def _static_convolution(placed: Placed, source: str, output: str, writer: _Writer) -> str:
-    """QLinearConv between the rounding of its input and of its output, to static ranges."""
+    """QLinearConv with its tail, between the rounding of its input and of what it writes."""
     from hw_cost_models.measured.graphs import geometry
 
-    stored, layer = _codes(placed), placed.layer
+    layer = placed.layer
+    symmetric = placed.scheme.activations.symmetric
+    assert placed.input_limits is not None
+    assert placed.output_limits is not None
+    read = _rounded(source, f"{layer.name}.input", placed.input_limits, symmetric, writer)
+    steps = _steps(f"{layer.name}.output", placed.output_limits, writer)
+    weights = _static_weights(placed, read[1], writer)
+    operands = [*read, *weights[:3], *steps, *weights[3:]]
+    made = writer.node("QLinearConv", operands, **geometry(layer))
+    written = writer.node("DequantizeLinear", [made, *steps], output)
+    writer.codes[written, placed.output_limits, False] = [made, *steps]
+    return written
+
+
+def _rounded(source: str, name: str, limits: Limits, symmetric: bool, writer: _Writer) -> list[str]:
+    """Return a tensor's codes in a static range, scale and zero point, made where they are not."""
+    key = (source, limits, symmetric)
+    if key not in writer.codes:
+        steps = _steps(name, limits, writer, symmetric=symmetric)
+        writer.codes[key] = [writer.node("QuantizeLinear", [source, *steps]), *steps]
+    return writer.codes[key]
+
+
+def _static_weights(placed: Placed, input_scale: str, writer: _Writer) -> list[str]:
+    """Return codes, scales, zero points and integer bias with the tail in them.
+
+    The file has the arrays of the network; what they come to is computed when it is loaded:
+    scales by |factor|, codes turned around 128 where it is negative, bias offset / scale.
+    """
+    stored, layer, tail = _codes(placed), placed.layer, placed.tail
     per_tensor = isinstance(placed.scheme.weights.granularity, PerTensor)
     unsigned = _unsigned(stored).reshape(layer.weight_shape)
     codes = writer.stored(f"{layer.weight_id}.codes", lambda: unsigned)
     scales = _scales(stored, () if per_tensor else (-1,), layer.weight_id, writer)
-    assert placed.input_limits is not None
-    assert placed.output_limits is not None
-    symmetric = placed.scheme.activations.symmetric
-    inputs = _steps(f"{layer.name}.input", placed.input_limits, writer, symmetric=symmetric)
-    outputs = _steps(f"{layer.name}.output", placed.output_limits, writer)
-    rounded = writer.node("QuantizeLinear", [source, *inputs])
-    operands = [rounded, *inputs, codes, scales, _zeros(placed, writer), *outputs]
-    made = writer.node("QLinearConv", operands, **geometry(layer))
-    return writer.node("DequantizeLinear", [made, *outputs], output)
+    zeros = _zeros(placed, writer)
+    if tail is None or (tail.norm is None and placed.bias is None):
+        return [codes, scales, zeros]
+    bias = placed.bias
+    offset = "" if bias is None else writer.stored(f"{layer.name}.bias", lambda: bias)
+    if tail.norm is not None:
+        weight, shift, mean, variance = tail.norm.arrays
+        epsilon = writer.node("Constant", [], value_float=tail.norm.epsilon)
+        deviation = writer.node("Sqrt", [writer.node("Add", [variance, epsilon])])
+        factor = writer.node("Div", [weight, deviation])
+        centred = writer.node("Sub", [offset, mean]) if offset else writer.node("Neg", [mean])
+        offset = writer.node("Add", [writer.node("Mul", [centred, factor]), shift])
+        scales = writer.node("Mul", [scales, writer.node("Abs", [factor])])
+        if (tail.factor < 0).any():
+            codes = _turned(codes, factor, layer.weight_shape, writer)
+    accumulated = writer.node("Mul", [scales, input_scale])
+    counted = writer.node("Round", [writer.node("Div", [offset, accumulated])])
+    return [codes, scales, zeros, writer.node("Cast", [counted], to=_INT32)]
+
+
+def _turned(codes: str, factor: str, shape: tuple[int, ...], writer: _Writer) -> str:
+    """Return codes c as 256 - c in the channels of a negative factor."""
+    name = f"channels.{len(shape)}d"
+    spread = writer.stored(name, lambda: np.array([-1, *(1,) * (len(shape) - 1)]))
+    signs = writer.node("Reshape", [writer.node("Sign", [factor]), spread])
+    middle = writer.node("Constant", [], value_float=128.0)
+    centred = writer.node("Sub", [writer.node("Cast", [codes], to=_FLOAT), middle])
+    turned = writer.node("Add", [writer.node("Mul", [centred, signs]), middle])
+    return writer.node("Cast", [turned], to=_UINT8)
 
 
 def _steps(name: str, limits: Limits, writer: _Writer, *, symmetric: bool = False) -> list[str]:
     """Store scale and zero point of a static 8-bit range, computed as the search computes them."""
-    low, high = np.float32(limits[0]), np.float32(limits[1])
-    step = np.maximum(-low, high) / np.float32(127) if symmetric else (high - low) / np.float32(255)
-    scale = np.maximum(step, np.float32(1e-12))
+    scale = static_step(limits, symmetric=symmetric)
+    low = np.float32(limits[0])
     zero = np.uint8(128) if symmetric else np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)
     return [
         writer.stored(f"{name}.scale", lambda: np.array(scale, np.float32)),
@@ -249,7 +312,7 @@ def _unsigned(stored: IntegerWeight) -> npt.NDArray[np.uint8]:
 def _scales(stored: IntegerWeight, shape: tuple[int, ...], name: str, writer: _Writer) -> str:
     """Store scales as the 16 bits that they have, and widen them when the model is loaded."""
     half = stored.scales.numpy().astype(np.float16).reshape(shape)
-    return writer.node("Cast", [writer.stored(f"{name}.scales", lambda: half)], to=1)
+    return writer.node("Cast", [writer.stored(f"{name}.scales", lambda: half)], to=_FLOAT)
 
 
 def _zeros(placed: Placed, writer: _Writer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from hw_cost_models.measured.capability import kernel_for, why_no_kernel
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
+from mpq.deploy.tails import Tail
 from mpq.nn.batches import Batch
 from mpq.nn.calibrate import run_observed
 from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
@@ -29,7 +30,7 @@ class Placed:
     """A searched layer and the scheme its kernel runs.
 
     `weight` is codes and scales, or the float32 array where the scheme is native. A convolution
-    in integers has the static ranges of its input and of its output without bias.
+    in integers has its tail and the static ranges of its input and of what is behind the tail.
     """
 
     layer: Layer
@@ -38,6 +39,7 @@ class Placed:
     bias: npt.NDArray[np.float32] | None
     input_limits: Limits | None = None
     output_limits: Limits | None = None
+    tail: Tail | None = None
 
 
 def markable(model: nn.Module, graph: LayerGraph) -> list[LayerName]:
@@ -60,11 +62,12 @@ def place(
     graph: LayerGraph,
     schemes: Mapping[LayerName, Scheme],
     quantizer: WeightQuantizer,
-    output_limits: Mapping[LayerName, Limits],
+    tails: Mapping[LayerName, Tail] | None = None,
 ) -> dict[LayerName, Placed]:
-    """Return what each searched layer is deployed as.
+    """Return what each searched layer is deployed as, ranges of outputs aside.
 
-    Raises InvalidInputError (`no_kernel`) naming the layer that no kernel runs in its scheme.
+    A tail is taken where the kernel's integers hold it. Raises InvalidInputError (`no_kernel`)
+    naming the layer that no kernel runs in its scheme.
     """
     nodes, layers = set(markable(model, graph)), graph.by_name
     parameters = dict(model.named_parameters())
@@ -74,7 +77,7 @@ def place(
         layer = layers[name]
         if name not in nodes and scheme.is_native:
             continue  # stays what the exporter makes of it
-        limits = graph.input_ranges.get(name), output_limits.get(name)
+        limits = graph.input_ranges.get(name)
         _check(layer, scheme, name in nodes, limits)
         if layer.weight_id not in stored:
             weight = parameters[layer.weight_id].detach()
@@ -84,20 +87,42 @@ def place(
                 else quantizer.store(layer.weight_id, weight, scheme.weights, layer.channel_axis)
             )
         bias = layer_module(model, name)._parameters.get("bias")
-        placed[name] = Placed(
+        alone = Placed(
             layer=layer,
             scheme=scheme,
             weight=stored[layer.weight_id],
             bias=None if bias is None else bias.detach().numpy(),
-            input_limits=limits[0],
-            output_limits=limits[1],
+            input_limits=limits,
         )
+        tail = (tails or {}).get(name)
+        placed[name] = replace(alone, tail=None if tail is None else _folded(tail, alone))
     return placed
 
 
-def _check(
-    layer: Layer, scheme: Scheme, is_node: bool, limits: tuple[Limits | None, Limits | None]
-) -> None:
+def _folded(tail: Tail, placed: Placed) -> Tail | None:
+    """Return the tail as a static kernel computes it, None where it does not.
+
+    A negative factor turns codes around zero, where -128 has no place.
+    """
+    stored, limits = placed.weight, placed.input_limits
+    if not is_static(placed.layer, placed.scheme) or limits is None:
+        return None
+    assert isinstance(stored, IntegerWeight)
+    turns = (tail.factor < 0).any()
+    if turns and (stored.zero_points is not None or int(stored.codes.min()) < -127):
+        return None
+    step = static_step(limits, symmetric=placed.scheme.activations.symmetric)
+    return tail.within(stored.scales.numpy().reshape(-1) * step)
+
+
+def static_step(limits: Limits, *, symmetric: bool) -> np.float32:
+    """Return the scale of 8-bit codes of a range, as the search computes it."""
+    low, high = np.float32(limits[0]), np.float32(limits[1])
+    step = max(-low, high) / np.float32(127) if symmetric else (high - low) / np.float32(255)
+    return np.float32(max(step, np.float32(1e-12)))
+
+
+def _check(layer: Layer, scheme: Scheme, is_node: bool, limits: Limits | None) -> None:
     if layer.native_family != "fp32":
         raise InvalidInputError(
             "no_kernel",
@@ -109,11 +134,16 @@ def _check(
         raise InvalidInputError(
             "no_kernel", f"layer {layer.name!r} cannot be deployed in {scheme}: {reason}"
         )
-    if is_static(layer, scheme) and None in limits:
-        raise InvalidInputError(
-            "no_range",
-            f"layer {layer.name!r} in {scheme} needs the calibrated range of its input and output",
-        )
+    if is_static(layer, scheme) and limits is None:
+        raise no_range(layer.name, scheme)
+
+
+def no_range(layer: LayerName, scheme: Scheme) -> InvalidInputError:
+    """Return what is said of a kernel with static ranges that no calibration batch showed."""
+    return InvalidInputError(
+        "no_range",
+        f"layer {layer!r} in {scheme} needs the calibrated range of its input and output",
+    )
 
 
 def is_static(layer: Layer, scheme: Scheme) -> bool:
@@ -121,28 +151,48 @@ def is_static(layer: Layer, scheme: Scheme) -> bool:
     return layer.kind.startswith("conv") and not scheme.activations.is_native
 
 
-def output_limits(
-    model: nn.Module, names: Sequence[LayerName], batches: Sequence[Batch]
-) -> dict[LayerName, Limits]:
-    """Return the smallest and largest output, without bias, of layers; zero is always inside.
+def with_output_limits(
+    model: nn.Module, placed: Mapping[LayerName, Placed], batches: Sequence[Batch]
+) -> dict[LayerName, Placed]:
+    """Return the layers with the range of what each static kernel writes; zero is always inside.
 
-    Costs one forward pass over the batches.
+    Where another static kernel reads it and rounds it to codes of the same kind, the range is that
+    of its input: then what one writes is what the other reads. Costs one forward pass over the
+    batches. Raises InvalidInputError (`no_range`) without batches.
     """
+    static = {name: p for name, p in placed.items() if is_static(p.layer, p.scheme)}
     limits: dict[LayerName, Limits] = {}
 
-    def observe(name: LayerName) -> RemovableHandle:
-        module = model.get_submodule(name)
-
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            bare = without_bias(module, output)
+    def observe(name: LayerName, tail: Tail | None) -> RemovableHandle:
+        def hook(module: nn.Module, _: object, output: torch.Tensor) -> None:
+            written = without_bias(module, output)
+            written = written if tail is None else tail.applied(written)
             low, high = limits.get(name, (0.0, 0.0))
-            limits[name] = (min(low, float(bare.min())), max(high, float(bare.max())))
+            limits[name] = (min(low, float(written.min())), max(high, float(written.max())))
 
-        return module.register_forward_hook(hook)
+        return model.get_submodule(name).register_forward_hook(hook)
 
-    handles = [observe(name) for name in names]
+    handles = [observe(name, p.tail) for name, p in static.items()]
     run_observed(model, batches, handles)
-    return limits
+    for name, p in static.items():
+        if name not in limits:
+            raise no_range(name, p.scheme)
+    ranges = limits | {name: found for name, p in static.items() if (found := _read(p, static))}
+    return {n: replace(p, output_limits=ranges.get(n)) for n, p in placed.items()}
+
+
+def _read(placed: Placed, static: Mapping[LayerName, Placed]) -> Limits | None:
+    """Return the input range of a static kernel that reads codes as this one can write them."""
+    tail = placed.tail
+    if tail is None:
+        return None
+    for name in tail.readers:
+        reader = static.get(name)
+        if reader is None or reader.input_limits is None or reader.scheme.activations.symmetric:
+            continue
+        if reader.input_limits[0] == 0 or not tail.relu:
+            return reader.input_limits
+    return None
 
 
 def without_bias(module: nn.Module, output: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,9 @@ def as_kernels(
 
     Beside `mpq.nn.patch.quantized`: MatMulNBits rounds its input to 8 bits, symmetric, in the
     blocks of its weights; DynamicQuantizeMatMul gives all samples of a batch one range;
-    QLinearConv rounds its output to 8 bits of a static range before the bias is added. A block x
-    moves by at most max|x| / 254 an element, so an output of MatMulNBits by at most the sum over
-    its blocks of that times the sum of |w|.
+    QLinearConv rounds what is behind its tail to 8 bits of a static range. A block x moves by at
+    most max|x| / 254 an element, so an output of MatMulNBits by at most the sum over its blocks of
+    that times the sum of |w|.
     """
     stored = {name: Scheme(p.scheme.weights) for name, p in placed.items()}
     with ExitStack() as restore:
@@ -68,7 +68,10 @@ def _output_rounding(placed: Placed) -> Callable[..., Any]:
 
     def hook(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         bare = without_bias(module, output)
-        rounded = fake_quantize_activation(bare, fmt, placed.output_limits)
-        return rounded + (output - bare)
+        written = bare if placed.tail is None else placed.tail.applied(bare)
+        rounded = fake_quantize_activation(written, fmt, placed.output_limits)
+        # The modules of the tail come after this hook and make of it what was written.
+        before = rounded if placed.tail is None else placed.tail.undone(rounded)
+        return before + (output - bare)
 
     return hook
