@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.tables import CostTable
@@ -122,10 +124,10 @@ class BudgetText:
         if self.uniform is not None:
             # A unit without a choice (pinned) keeps what it has, as in a uniform allocation.
             cells = [
-                table[unit, schemes[0] if len(schemes) == 1 else self.uniform]
+                table.cells.index((unit, schemes[0] if len(schemes) == 1 else self.uniform))
                 for unit, schemes in zip(table.cells.units, table.cells.schemes, strict=True)
             ]
-            return table.fixed + math.fsum(cells)
+            return table.total(np.array(cells, np.int64))
         if self.unit == "%":
             return self._needs(table.baseline, "a known baseline") * self.amount / 100
         if self.unit == "bpw" and table.unit == "bytes":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.sums import exact_sum
+from mpq.core.joint import JointCosts, joined_sum
 from mpq.core.tables import Cell, Cells, CostTable, Floats, Indices, checked
 
 
@@ -17,8 +17,8 @@ from mpq.core.tables import Cell, Cells, CostTable, Floats, Indices, checked
 class Constraint:
     """`fixed` plus the coefficients of the chosen cells is at most `limit`.
 
-    Coefficients (num_cells,) and limit may be of any sign. Raises InvalidInputError for numbers
-    that are not finite.
+    Coefficients (num_cells,) and limit may be of any sign; `joint` adds its terms.
+    Raises InvalidInputError for numbers that are not finite.
     """
 
     name: str
@@ -26,9 +26,12 @@ class Constraint:
     coefficients: Floats
     limit: float
     fixed: float = 0.0
+    joint: JointCosts | None = None
 
     def __post_init__(self) -> None:
         what = f"constraint {self.name!r}"
+        if self.joint is not None and self.joint.cells != self.cells:
+            raise InvalidInputError("cells", f"the joint part of {what} is over other cells")
         object.__setattr__(self, "coefficients", checked(what, self.cells, self.coefficients))
         if not (math.isfinite(self.limit) and math.isfinite(self.fixed)):
             raise InvalidInputError(
@@ -54,6 +57,7 @@ class Constraint:
             coefficients=cost.values,
             limit=limit,
             fixed=cost.fixed,
+            joint=cost.joint,
         )
 
     @classmethod
@@ -65,11 +69,12 @@ class Constraint:
             coefficients=-cost.values,
             limit=-limit,
             fixed=-cost.fixed,
+            joint=None if cost.joint is None else cost.joint.scaled(-1.0),
         )
 
     def total(self, choice: Indices) -> float:
         """Return what a choice of cells comes to, to be compared with the limit."""
-        return self.fixed + exact_sum(self.coefficients[choice])
+        return self.fixed + joined_sum(self.coefficients[choice], self.joint, choice)
 
     def met(self, choice: Indices) -> bool:
         """Tell whether a choice of cells meets it."""
@@ -77,4 +82,5 @@ class Constraint:
 
     def restrict(self, cells: Cells, numbers: Indices) -> Constraint:
         """Return the condition over fewer cells (see `Cells.restrict`)."""
-        return replace(self, cells=cells, coefficients=self.coefficients[numbers])
+        joint = None if self.joint is None else self.joint.restrict(cells, numbers)
+        return replace(self, cells=cells, coefficients=self.coefficients[numbers], joint=joint)

@@ -134,9 +134,8 @@ class Problem:
         return exact_sum(self.sensitivity.values[choice])
 
     def total(self, cost: str, choice: Indices) -> float:
-        """Return the total of a cost for a choice, fixed part included."""
-        table = self.costs[cost]
-        return table.fixed + exact_sum(table.values[choice])
+        """Return the total of a cost for a choice, fixed and joint parts included."""
+        return self.costs[cost].total(choice)
 
     def totals(self, choice: Indices) -> dict[str, float]:
         """Return the totals of all costs."""

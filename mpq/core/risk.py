@@ -9,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.joint import joined_sum
 from mpq.core.tables import CostTable, Floats, Indices
 
 _SIGMAS = NormalDist().inv_cdf(0.975)  # half the width of a 95 % interval
@@ -38,5 +39,8 @@ def upper_values(table: CostTable, risk: float) -> Floats:
 
 
 def quantile(table: CostTable, choice: Indices, risk: float) -> float:
-    """Return the `risk` quantile of the total of a choice when the errors move together."""
-    return table.fixed + math.fsum(upper_values(table, risk)[choice])
+    """Return the `risk` quantile of the total of a choice when the errors move together.
+
+    Joint terms have no interval: they count with their value.
+    """
+    return table.fixed + joined_sum(upper_values(table, risk)[choice], table.joint, choice)

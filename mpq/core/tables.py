@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme
+from mpq.core.joint import JointCosts, joined_sum
 from mpq.core.layers import UnitName
 from mpq.core.shrinkage import shrunk_products
 
@@ -202,7 +203,7 @@ class SensitivityTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostTable:
-    """What each cell costs.
+    """What each cell costs, and what `joint` adds where two cells are both chosen.
 
     `fixed` is what no choice changes, `baseline` the cost of the network as it is (percentages
     refer to it), `weights` the number of searched weights where "bits per weight" makes sense.
@@ -219,8 +220,13 @@ class CostTable:
     baseline: float = float("nan")
     weights: int = 0
     provenance: str = "exact"
+    joint: JointCosts | None = None
 
     def __post_init__(self) -> None:
+        if self.joint is not None and self.joint.cells != self.cells:
+            raise InvalidInputError(
+                "cells", f"the joint costs of cost {self.name!r} are over other cells than it"
+            )
         for part in ("values", "low", "high"):
             array = checked(f"cost {self.name!r}", self.cells, getattr(self, part))
             if (array < 0).any():
@@ -280,6 +286,10 @@ class CostTable:
     def __getitem__(self, cell: Cell) -> float:
         return float(self.values[self.cells.index(cell)])
 
+    def total(self, choice: Indices) -> float:
+        """Return the total of a choice, fixed and joint parts included."""
+        return self.fixed + joined_sum(self.values[choice], self.joint, choice)
+
     def half_width(self, numbers: npt.ArrayLike) -> float:
         """Return half the width of the 95 % interval of the sum of some cells; 0 if exact."""
         chosen = np.asarray(numbers, np.int64)
@@ -287,17 +297,13 @@ class CostTable:
 
     def restrict(self, cells: Cells, numbers: Indices) -> CostTable:
         """Return the table over fewer cells (see `Cells.restrict`)."""
-        return CostTable(
-            name=self.name,
-            unit=self.unit,
+        return replace(
+            self,
             cells=cells,
             values=self.values[numbers],
             low=self.low[numbers],
             high=self.high[numbers],
-            fixed=self.fixed,
-            baseline=self.baseline,
-            weights=self.weights,
-            provenance=self.provenance,
+            joint=None if self.joint is None else self.joint.restrict(cells, numbers),
         )
 
 

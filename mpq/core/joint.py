@@ -1,0 +1,137 @@
+"""What two units cost or save together, beside what each of them costs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpq.core.errors import InvalidInputError
+from mpq.core.sums import exact_sum
+
+if TYPE_CHECKING:
+    from mpq.core.tables import Cell, Cells, Floats, Indices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointCosts:
+    """Terms `values` (n,) of any sign, each added where cells `first` and `second` are both chosen.
+
+    The two cells are of different units: two neighbours in int8 save the dequantize and quantize
+    between them, formats that differ cost a change of layout. Pairs are kept in ascending order,
+    the lesser cell first; what is given twice for a pair is added up. Raises InvalidInputError
+    (`joint`, `table_not_finite`) for cells of one unit or none, or numbers that are not finite.
+    """
+
+    cells: Cells
+    first: Indices
+    second: Indices
+    values: Floats
+
+    def __post_init__(self) -> None:
+        first, second = _numbers(self.first), _numbers(self.second)
+        values = np.array(self.values, np.float64)
+        if not (first.ndim == 1 and first.shape == second.shape == values.shape):
+            raise InvalidInputError(
+                "joint",
+                f"joint costs need as many first cells as second cells and values, got "
+                f"{first.shape}, {second.shape} and {values.shape}",
+            )
+        self._check(first, second, values)
+        pairs = np.sort(np.stack([first, second], axis=1), axis=1)
+        found, of_term = np.unique(pairs, axis=0, return_inverse=True)
+        if len(found) < len(pairs):
+            order = np.argsort(of_term.ravel(), kind="stable")
+            ends = np.cumsum(np.bincount(of_term.ravel()))
+            values = np.array([exact_sum(part) for part in np.split(values[order], ends[:-1])])
+        else:
+            values = values[np.argsort(of_term.ravel())]
+        kept = {"first": found[:, 0].copy(), "second": found[:, 1].copy(), "values": values}
+        for name, array in kept.items():
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    def _check(self, first: Indices, second: Indices, values: Floats) -> None:
+        outside = [n for n in (*first, *second) if not 0 <= n < len(self.cells)]
+        if outside:
+            raise InvalidInputError(
+                "joint", f"joint costs name cell {outside[0]}, the last is {len(self.cells) - 1}"
+            )
+        one, other = (np.searchsorted(self.cells.offsets, n, "right") - 1 for n in (first, second))
+        if (one == other).any():
+            unit = self.cells.units[int(one[one == other][0])]
+            raise InvalidInputError(
+                "joint",
+                f"a joint cost is of two units, got unit {unit!r} twice: what one unit costs "
+                "alone goes into the values of the table",
+            )
+        if not np.isfinite(values).all():
+            bad = int(np.flatnonzero(~np.isfinite(values))[0])
+            pair = " and ".join(repr(self.cells.units[int(u[bad])]) for u in (one, other))
+            raise InvalidInputError(
+                "table_not_finite",
+                f"the joint cost of {pair} is {values[bad]}",
+            )
+
+    @classmethod
+    def from_cells(cls, cells: Cells, values: Mapping[tuple[Cell, Cell], float]) -> JointCosts:
+        """Build them from a mapping of pairs of cells."""
+        pairs = [(cells.index(one), cells.index(other)) for one, other in values]
+        numbers = np.array(pairs, np.int64).reshape(-1, 2)
+        return cls(
+            cells=cells,
+            first=numbers[:, 0],
+            second=numbers[:, 1],
+            values=np.array(list(values.values()), np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def taken(self, choice: Indices) -> Floats:
+        """Return the values of the pairs that a choice of cells holds."""
+        chosen = np.zeros(len(self.cells), np.bool_)
+        chosen[choice] = True
+        return self.values[chosen[self.first] & chosen[self.second]]
+
+    def total(self, choice: Indices) -> float:
+        """Return what the pairs in a choice of cells come to."""
+        return exact_sum(self.taken(choice))
+
+    def scaled(self, factor: float) -> JointCosts:
+        """Return every value times a factor."""
+        return JointCosts(
+            cells=self.cells, first=self.first, second=self.second, values=factor * self.values
+        )
+
+    def restrict(self, cells: Cells, numbers: Indices) -> JointCosts | None:
+        """Return the terms over fewer cells (see `Cells.restrict`); None where none is left."""
+        new = np.full(len(self.cells), -1)
+        new[numbers] = np.arange(len(numbers))
+        first, second = new[self.first], new[self.second]
+        kept = (first >= 0) & (second >= 0)
+        if not kept.any():
+            return None
+        return JointCosts(
+            cells=cells, first=first[kept], second=second[kept], values=self.values[kept]
+        )
+
+
+def joined_sum(values: Floats, joint: JointCosts | None, choice: Indices) -> float:
+    """Return the correctly rounded sum of `values` and of the joint terms in a choice of cells."""
+    if joint is None:
+        return exact_sum(values)
+    return exact_sum(np.concatenate([values, joint.taken(choice)]))
+
+
+def _numbers(cells: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return the numbers of cells as integers; raises InvalidInputError (`joint`) for others."""
+    array = np.asarray(cells)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise InvalidInputError(
+            "joint", f"joint costs name cells by whole numbers, got {array.dtype}"
+        )
+    return array.astype(np.int64)
