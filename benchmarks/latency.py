@@ -1,7 +1,7 @@
 """Does the latency table tell how long the deployed network takes?
 
 Random mixes of the formats that this machine's kernels run, of MiniLM at 16 and 128 tokens and of
-a small ResNet: the seconds that the table predicts beside those of the really quantized network in
+two ResNets: the seconds that the table predicts beside those of the really quantized network in
 ONNX Runtime (one thread, processor time, taking turns with the fp32 network). Then latency budgets
 on MiniLM: does the deployed network meet them? Which layer gives way first is decided by made-up
 scores, 4^-bits for each weight; they do not matter here.
@@ -12,7 +12,6 @@ scores, 4^-bits for each weight; they do not matter here.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import tempfile
@@ -26,25 +25,58 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from torch import nn
 
 from examples import digits_resnet20, minilm
 from hw_cost_models.latency import MeasuredLatency
 from hw_cost_models.measured.capability import default_schemes
-from mpq.core.errors import InvalidInputError
+from mpq.core.constraints import Constraint
 from mpq.core.latency import KernelLatency
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import Cells, CostTable, SensitivityTable
 from mpq.deploy.marked import feeds
 from mpq.deploy.network import OnnxNetwork
 from mpq.deploy.onnxruntime import Session, network_case, time_networks
-from mpq.deploy.rest import with_rest
+from mpq.deploy.whole import WholeNetwork, random_mixes, with_whole
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.referee.ranks import spearman
 from mpq.store.store import Store, open_store
 from solvers import solve
+
+
+class Block(nn.Module):
+    """Two convolutions around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.one_norm = nn.BatchNorm2d(outputs)
+        self.two = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.two_norm = nn.BatchNorm2d(outputs)
+        short = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Sequential(*short)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum, (samples, outputs, height, width)."""
+        y = torch.relu(self.one_norm(self.one(x)))
+        return torch.relu(self.two_norm(self.two(y)) + self.shortcut(x))
+
+
+def resnet18(classes: int = 1000) -> nn.Module:
+    """Return a network of the shape of ResNet-18, with random weights."""
+    torch.manual_seed(0)
+    blocks = [
+        Block(before if first else width, width, 2 if first and width > 64 else 1)
+        for before, width in ((64, 64), (64, 128), (128, 256), (256, 512))
+        for first in (True, False)
+    ]
+    stem = (nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    return nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *blocks, *head).eval()
+
 
 TOGETHER = 5  # networks that take turns, which bounds their memory
 
@@ -57,13 +89,10 @@ class Bench:
     calibration: Sequence[Any]
     cells: Cells
     table: CostTable
-    whole: bool
 
-    def predicted(self, allocation: Allocation, fp32_s: float) -> float:
-        """Return the seconds that the table says, of layers alone as a difference to fp32."""
-        chosen = self.table.values[allocation.choice(self.cells)]
-        total = self.table.fixed + math.fsum(chosen)
-        return total if self.whole else fp32_s + total - self.table.baseline
+    def predicted(self, allocation: Allocation) -> float:
+        """Return the seconds that the table says."""
+        return Constraint.at_most(self.table, 1.0).total(allocation.choice(self.cells))
 
     def measured(
         self, allocations: Sequence[Allocation], seconds: float
@@ -98,33 +127,25 @@ def bench(
         schemes=tuple(default_schemes(layers[unit.layers[0]]) for unit in graph.units),
     )
     latency = MeasuredLatency(budget_s=seconds)
-    table, whole = latency.table(graph, cells), True
-    try:
-        options = {"device": latency.device, "seconds": seconds / 4}
-        table = with_rest(table, model, graph, sample, store, **options)
-    except InvalidInputError as error:
-        print(f"  {error}")
-        whole = False
-    return Bench(OnnxNetwork.export(model, graph, sample), calibration, cells, table, whole)
-
-
-def random_mixes(cells: Cells, count: int, rng: np.random.Generator) -> list[Allocation]:
-    """Return allocations of all kinds: each has its own liking of every place in the lists."""
-    mixes = []
-    for _ in range(count):
-        liking = rng.dirichlet(np.full(max(map(len, cells.schemes)), 0.5))
-        chosen = {}
-        for unit, schemes in zip(cells.units, cells.schemes, strict=True):
-            weights = liking[: len(schemes)] + 1e-9
-            chosen[unit] = schemes[rng.choice(len(schemes), p=weights / weights.sum())]
-        mixes.append(Allocation(chosen))
-    return mixes
+    table = latency.table(graph, cells)
+    network = WholeNetwork(
+        model=model,
+        graph=graph,
+        sample=sample,
+        calibration=calibration,
+        store=store,
+        device=latency.device,
+        seconds=seconds / 4,
+    )
+    table = with_whole(table, latency.parts(graph, cells), network)
+    print(f"  {table.provenance.rpartition('fp32, ')[2]}; {len(table.joint or ())} joint terms")
+    return Bench(network.exported, calibration, cells, table)
 
 
 def print_mixes(of: Bench, count: int, seconds: float) -> None:
-    mixes = random_mixes(of.cells, count, np.random.default_rng(0))
+    mixes = random_mixes(of.cells, count, np.random.default_rng(1))
     rows = [
-        (of.predicted(mix, fp32.median_s), one, fp32)
+        (of.predicted(mix), one, fp32)
         for mix, (one, fp32) in zip(mixes, of.measured(mixes, seconds), strict=True)
     ]
     print(f"  {'predicted us':>12} {'measured us':>12} {'±%':>5} {'error %':>8} {'speed-up':>8}")
@@ -192,17 +213,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     words, images = minilm.calibration_batches(), digits_resnet20.calibration_batches()
     long = {name: values.repeat(1, 3)[:1, :128] for name, values in words[0].items()}
+    short = {name: values[:1, :16] for name, values in words[0].items()}
+    photos = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     cases = {
-        "minilm, 16 tokens": (minilm, {n: v[:1, :16] for n, v in words[0].items()}, words),
-        "minilm, 128 tokens": (minilm, long, words),
-        "digits_resnet20": (digits_resnet20, images[0][0][:1], images),
+        "minilm, 16 tokens": (minilm.make_model, short, words),
+        "minilm, 128 tokens": (minilm.make_model, long, words),
+        "digits_resnet20": (digits_resnet20.make_model, images[0][0][:1], images),
+        "resnet18, 112 x 112": (resnet18, photos[:1], [photos]),
     }
     with tempfile.TemporaryDirectory() as folder, open_store(Path(folder) / "times.db") as store:
-        for name, (example, sample, calibration) in cases.items():
+        for name, (make_model, sample, calibration) in cases.items():
             if given.only and given.only not in name:
                 continue
             print(f"{name}: {given.mixes} random mixes")
-            of = bench(example.make_model(), sample, calibration[:2], given.seconds, store)
+            of = bench(make_model(), sample, calibration[:2], given.seconds, store)
             print_mixes(of, given.mixes, given.seconds)
             if name == "minilm, 16 tokens" and given.budgets:
                 print_budgets(of, given.budgets, given.seconds)

@@ -11,11 +11,12 @@ import numpy as np
 
 from hw_cost_models import LOCAL, get_kernels
 from hw_cost_models.measured.backend import KernelBackend
+from hw_cost_models.measured.correction import Parts
 from hw_cost_models.measured.protocol import Stopwatch
 from mpq.core.formats import FP32, Scheme
 from mpq.core.latency import KernelCase, KernelLatency
 from mpq.core.layers import Layer, LayerGraph, UnitName
-from mpq.core.tables import Cells, CostTable
+from mpq.core.tables import Cells, CostTable, Indices
 
 _NATIVE = Scheme(FP32)
 _TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory they hold
@@ -110,6 +111,24 @@ class MeasuredLatency:
             provenance=f"measured on {self.device}",
         )
 
+    def parts(self, graph: LayerGraph, cells: Cells) -> Parts:
+        """Return the kernel times that the cells of this graph's table are sums of."""
+        backend = self._backend(network_weights=_size(graph))
+        units = _layers_by_unit(graph)
+        found = [
+            (number, backend.case(layer, scheme), layer.calls)
+            for number, (unit, scheme) in enumerate(cells)
+            for layer in units[unit]
+            if not _untimed(layer, scheme)
+        ]
+        seconds = [calls * self.latencies[case].median_s for _, case, calls in found]
+        return Parts(
+            cell=np.array([number for number, _, _ in found], np.int64),
+            seconds=np.array(seconds, np.float64),
+            kernel=_counted([case.kernel for _, case, _ in found]),
+            case=_counted([f"{case.kernel} {case.shape}" for _, case, _ in found]),
+        )
+
     def _sum(
         self, backend: KernelBackend, layers: Sequence[Layer], scheme: Scheme
     ) -> tuple[float, float, float]:
@@ -177,6 +196,12 @@ def _half_width(latency: KernelLatency) -> float:
 def _layers_by_unit(graph: LayerGraph) -> dict[UnitName, tuple[Layer, ...]]:
     named = graph.by_name
     return {unit.name: tuple(named[name] for name in unit.layers) for unit in graph.units}
+
+
+def _counted(names: Sequence[str]) -> Indices:
+    """Return a number for each name, equal ones for equal names."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], np.int64)
 
 
 def _size(graph: LayerGraph) -> int:

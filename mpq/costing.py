@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware, get_kernels, is_local
+from hw_cost_models.latency import MeasuredLatency
 from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
@@ -57,6 +58,7 @@ class Hardware:
     ) -> None:
         self._hardware = spec.hardware
         self._model: LatencyModel | None = None
+        self._measured: MeasuredLatency | None = None
         if is_local(spec.hardware):
             self._kernels = get_kernels(spec.hardware, num_threads=_NUM_THREADS)
             self.device = self._kernels.device
@@ -156,20 +158,23 @@ class Hardware:
         if self._hardware not in (LOCAL, f"{LOCAL}:{BACKEND}"):
             log("latency", f"of the searched layers only: {self._hardware} times no whole network")
             return {}
-        from mpq.deploy.rest import with_rest
+        from mpq.deploy.whole import WholeNetwork, with_whole
 
+        assert self._measured is not None
+        network = WholeNetwork(
+            model=workload.model,
+            graph=workload.graph,
+            sample=sample,
+            calibration=workload.calibration,
+            store=self._store,
+            device=self.device,
+            seconds=self._seconds / 4,
+            seed=self._seed,
+        )
         try:
             with self._progress.stage("network latency", 1) as advance:
-                found = with_rest(
-                    table,
-                    workload.model,
-                    workload.graph,
-                    sample,
-                    self._store,
-                    device=self.device,
-                    seconds=self._seconds / 4,
-                    seed=self._seed,
-                )
+                parts = self._measured.parts(workload.graph, table.cells)
+                found = with_whole(table, parts, network, seed=self._seed)
                 advance()
         except Exception as error:  # whatever an exporter does: the layers' times are still right
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -188,8 +193,7 @@ class Hardware:
                     done += 1
                     advance()
 
-            model = get_cost_model(
-                "latency",
+            self._measured = MeasuredLatency(
                 hardware=self._hardware,
                 num_threads=_NUM_THREADS,
                 budget_s=self._seconds,
@@ -198,7 +202,7 @@ class Hardware:
                 seed=self._seed,
                 progress=listen,
             )
-            table = model.table(graph, cells)
+            table = self._measured.table(graph, cells)
             listen(1.0)
         return table
 

@@ -439,3 +439,28 @@ def _field(packed: np.ndarray, number: int, bits: int) -> int:
     """Return the number-th field of `bits` bits, counted from the low bits of the first byte."""
     byte, place = divmod(number * bits, 8)
     return (int(packed[byte]) >> place) & (2**bits - 1)
+
+
+def slow_corrected_totals(
+    base: float, parts: list[list[float]], priors: list[tuple[list[float], float]], seen: list[int]
+) -> list[float]:
+    """Return the posterior mean of every run of a Gaussian linear model, `seen` runs measured.
+
+    `parts[r]` are what run r adds up, then its measured time, then the sd of its noise; each
+    prior is what a deviation of one standard deviation adds to each run. Solved in the space of
+    the deviations, one equation each: (sum_r m m^T / s^2 + I) z = sum_r m (y - y0) / s^2.
+    """
+    size = len(priors)
+    left, right = np.eye(size), np.zeros(size)
+    for r in seen:
+        *added, took, sd = parts[r]
+        row = np.array([effect[r] * scale for effect, scale in priors])
+        left += np.outer(row, row) / sd**2
+        right += row * (took - base - sum(added)) / sd**2
+    z = np.linalg.solve(left, right)
+    return [
+        base
+        + sum(parts[r][:-2])
+        + sum(z[i] * effect[r] * scale for i, (effect, scale) in enumerate(priors))
+        for r in range(len(parts))
+    ]

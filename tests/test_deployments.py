@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ def test_a_run_of_entry_points_deploys_without_anything_else(
 
 def test_latency_is_that_of_the_whole_network(result: SearchResult, store: Store) -> None:
     table = result.problem.costs["latency"]
-    assert table.provenance.endswith(REST_INCLUDED)
+    assert REST_INCLUDED in table.provenance
+    told = r"corrected by [89] mixes \(error of one left out \d+\.\d %\)$"
+    assert re.search(told, table.provenance)
     device = store.run(result.run_id).device
     known = store.kernel_latencies(device)
     (whole,) = (latency for case, latency in known.items() if case.kernel == "network fp32")
     assert table.baseline == whole.median_s
     fp32 = sum(table[unit, mpq.parse_scheme("fp32")] for unit in table.cells.units)
-    assert table.fixed + fp32 == pytest.approx(table.baseline)
+    assert table.fixed + fp32 == pytest.approx(table.baseline, rel=0.5)
+    assert (table.low < table.values).all()
 
 
 def test_a_known_network_is_not_timed_again(result: SearchResult, store: Store) -> None:

@@ -40,7 +40,11 @@ HEAVY = {
     "pyhessian": {"sensitivity/hessian_products.py"},
     "ray": {"workers/ray_executor.py"},
     "onnxruntime": {"hw_cost_models/measured/onnxruntime.py", "mpq/deploy/onnxruntime.py"},
-    "onnx": {"hw_cost_models/measured/graphs.py", "mpq/deploy/onnx_model.py"},
+    "onnx": {
+        "hw_cost_models/measured/graphs.py",
+        "mpq/deploy/marked.py",
+        "mpq/deploy/onnx_model.py",
+    },
     "transformers": {"mpq/models.py"},
     "plotly": {"mpq/figures.py"},
     "optuna": {"solvers/optuna_search.py"},

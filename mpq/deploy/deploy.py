@@ -23,6 +23,7 @@ from mpq.deploy.onnx_model import stored_bytes
 from mpq.deploy.onnxruntime import Session, network_case, time_networks
 from mpq.deploy.placed import Placed
 from mpq.deploy.rounding import as_kernels
+from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
 from mpq.nn.batches import Batch, call, check_batches, cut, describe
 from mpq.nn.patch import evaluating
@@ -88,7 +89,7 @@ def deploy(
         [session, whole],
         [network_case("mixed", shape), network_case("fp32", shape)],
         feeds(network.model, network.sample),
-        [_read_bytes(result.graph, schemes), _read_bytes(result.graph, {})],
+        [read_bytes(result.graph, schemes), read_bytes(result.graph, {})],
         seconds=seconds,
         seed=spec.seed,
     )
@@ -198,19 +199,6 @@ def _differences(
         "unexplained": unexplained,
         "quantization": quantization,
     }
-
-
-def _read_bytes(graph: LayerGraph, schemes: Mapping[LayerName, Scheme]) -> int:
-    """Return the bytes of weights that a pass reads, embeddings aside; layers not named in fp32."""
-    sizes = {}
-    for layer in graph.layers:
-        if layer.calls and layer.kind != "embedding":
-            bits = 32 * layer.num_weights
-            if layer.name in schemes:
-                fmt = schemes[layer.name].weights
-                bits = fmt.storage_bits(layer.weight_shape, layer.channel_axis)
-            sizes[layer.weight_id] = bits // 8
-    return sum(sizes.values())
 
 
 def _predicted_s(result: SearchResult, shape: str, fp32: KernelLatency) -> float | None:

@@ -33,6 +33,25 @@ class MarkedGraph:
     serialized: bytes
     any_batch: bool
 
+    def model(self) -> Any:
+        """Return the model, an object of its own."""
+        import onnx
+
+        return onnx.load_from_string(self.serialized)
+
+
+def arrays_of(graph: Any) -> dict[str, Any]:
+    """Return the arrays that a graph stores, by name."""
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def layer_of(node: Any) -> LayerName:
+    """Return the layer that a marked node stands for."""
+    (name,) = (attribute.s for attribute in node.attribute if attribute.name == ATTRIBUTE)
+    return str(name.decode())
+
 
 class _Mark(torch.autograd.Function):
     """Stands for a layer while the exporter traces."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import PerGroup, PerTensor
 from mpq.core.layers import LayerName
-from mpq.deploy.marked import ATTRIBUTE, DOMAIN, OPSET, MarkedGraph
+from mpq.deploy.marked import DOMAIN, OPSET, MarkedGraph, layer_of
 from mpq.deploy.placed import Limits, Placed, is_static, static_step
 from mpq.nn.quantizers import IntegerWeight
 
@@ -58,10 +58,9 @@ def with_kernels(marked: MarkedGraph, placed: Mapping[LayerName, Placed]) -> byt
     Raises InvalidInputError (`no_node`) for a placed layer without a node, (`model_size`) above
     2 GB, the most that one file can hold.
     """
-    import onnx
     from onnx import helper, numpy_helper
 
-    model = onnx.load_from_string(marked.serialized)
+    model = marked.model()
     arrays: Arrays = {}
     codes: dict[_Rounded, list[str]] = {}
     nodes: list[Any] = []
@@ -71,8 +70,7 @@ def with_kernels(marked: MarkedGraph, placed: Mapping[LayerName, Placed]) -> byt
         if node.domain != DOMAIN:
             nodes += [] if node.name in inside else [node]
             continue
-        (name,) = (helper.get_attribute_value(a) for a in node.attribute if a.name == ATTRIBUTE)
-        layer = name.decode()
+        layer = layer_of(node)
         seen[layer] = seen.get(layer, 0) + 1
         writer = _Writer(arrays, codes, f"{layer}/{seen[layer]}/")
         _write(placed[layer], node.input[0], node.output[0], writer)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from mpq.core.layers import LayerName
-from mpq.deploy.marked import ATTRIBUTE, DOMAIN, MarkedGraph
+from mpq.deploy.marked import DOMAIN, MarkedGraph, arrays_of, layer_of
 
 _LARGEST_CODE = 2.0**30  # of an integer bias: half of what 32 bits hold
 
@@ -79,11 +79,8 @@ def tails(
     A batch norm in evaluation and then a ReLU belong to it where nothing else reads what is
     before them.
     """
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load_from_string(marked.serialized).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    graph = marked.model().graph
+    arrays = arrays_of(graph)
     readers: dict[str, list[Any]] = {output.name: [None] for output in graph.output}
     calls: dict[LayerName, list[Any]] = {}
     for node in graph.node:
@@ -92,22 +89,15 @@ def tails(
         for name in node.input:
             readers.setdefault(name, []).append(node)
         if node.domain == DOMAIN:
-            calls.setdefault(_layer(node), []).append(node)
+            calls.setdefault(layer_of(node), []).append(node)
     found = {}
     for layer, nodes in calls.items():
         if layer in biases and len(nodes) == 1:
             tail = bare_tail(biases[layer], nodes[0].output[0])
             tail = _with_relu(_with_norm(tail, readers, arrays), readers)
             reading = [n for n in readers.get(tail.output, []) if n and n.domain == DOMAIN]
-            found[layer] = replace(tail, readers=tuple(map(_layer, reading)))
+            found[layer] = replace(tail, readers=tuple(map(layer_of, reading)))
     return found
-
-
-def _layer(node: Any) -> LayerName:
-    from onnx import helper
-
-    (name,) = (helper.get_attribute_value(a) for a in node.attribute if a.name == ATTRIBUTE)
-    return str(name.decode())
 
 
 def _only(readers: Mapping[str, list[Any]], tensor: str, operator: str) -> Any:
@@ -117,12 +107,10 @@ def _only(readers: Mapping[str, list[Any]], tensor: str, operator: str) -> Any:
 
 
 def _with_norm(tail: Tail, readers: Mapping[str, list[Any]], arrays: Mapping[str, Any]) -> Tail:
-    from onnx import helper
-
     node = _only(readers, tail.output, "BatchNormalization")
     if node is None or any(name not in arrays for name in node.input[1:]):
         return tail
-    settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    settings = {attribute.name: attribute.f for attribute in node.attribute}
     norm = Norm(arrays=tuple(node.input[1:]), epsilon=settings.get("epsilon", 1e-5))
     weight, bias, mean, variance = (arrays[name] for name in norm.arrays)
     factor = weight / np.sqrt(variance + np.float32(norm.epsilon))
