@@ -115,11 +115,14 @@ def make_workload(
     qualities = _qualities(spec, given)
     _check_qualities(given.model, qualities, given.calibration[0])
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
-    quantizes_inputs = any(
-        not s.activations.is_native for schemes in cells.schemes for s in schemes
-    )
-    if quantizes_inputs:
-        graph = with_input_ranges(given.model, graph, given.calibration)
+    if any(not s.activations.is_native for schemes in cells.schemes for s in schemes):
+        static = {
+            layer
+            for unit, schemes in zip(graph.units, cells.schemes, strict=True)
+            for layer in unit.layers
+            if any(scheme.activations.static for scheme in schemes)
+        }
+        graph = with_input_ranges(given.model, graph, given.calibration, static)
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],

@@ -36,7 +36,7 @@ class Change:
         self._module = module
         self._choices = choices
         self._base = base
-        self._limit = layer.input_range
+        self._layer = layer
         own = weight_of(module).detach()
 
         def stored(scheme: Scheme) -> torch.Tensor:
@@ -111,7 +111,9 @@ class Change:
     def _seen(self, inputs: torch.Tensor, scheme: Scheme | None) -> torch.Tensor:
         if scheme is None:
             return inputs
-        return fake_quantize_activation(inputs, scheme.activations, self._limit)
+        return fake_quantize_activation(
+            inputs, scheme.activations, self._layer.static_range(scheme.activations)
+        )
 
     def _replayed(self, inputs: torch.Tensor, changed: list[int]) -> torch.Tensor:
         """Return the change of the output for each change of the weight, in which it is linear."""

@@ -19,7 +19,7 @@ def squared_input_changes(
     The shape is (schemes, samples); 0 where activations stay as they are.
     """
     of_format = {
-        fmt: (fake_quantize_activation(inputs, fmt, layer.input_range).double() - inputs)
+        fmt: (fake_quantize_activation(inputs, fmt, layer.static_range(fmt)).double() - inputs)
         .reshape(samples, -1)
         .square()
         .sum(1)

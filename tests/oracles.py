@@ -419,10 +419,14 @@ def slow_deployed_weights(model: Any) -> dict[str, np.ndarray]:
                     code = _field(codes[r].reshape(-1), c, bits)
                     zero = 2 ** (bits - 1) if zeros is None else _field(zeros[r], c // block, bits)
                     weight[r, c] = np.float32(code - zero) * np.float32(scales[r, c // block])
-        elif node.op_type in ("DynamicQuantizeMatMul", "QLinearConv"):
-            places = (1, 2, 3) if node.op_type == "DynamicQuantizeMatMul" else (3, 4, 5)
+        elif node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearConv"):
+            places = {
+                "DynamicQuantizeMatMul": (1, 2, 3),
+                "MatMulIntegerToFloat": (1, 3, 5),
+                "QLinearConv": (3, 4, 5),
+            }[node.op_type]
             codes, scales, zeros = (array(node.input[place]) for place in places)
-            codes = codes.T if node.op_type == "DynamicQuantizeMatMul" else codes
+            codes = codes if node.op_type == "QLinearConv" else codes.T
             weight = np.empty(codes.shape, np.float32)
             for r in range(len(codes)):
                 scale = np.float32(scales.reshape(-1)[r if scales.size > 1 else 0])

@@ -34,6 +34,7 @@ from tests.builders import Decoder, Recurrent, Shuffled, case, conv_net, mlp, to
 from tests.oracles import slow_deployed_weights
 
 LINEAR = ["int8:int8", "int8t:int8", "int8a:int8"]
+STATIC = ["int8:int8static", "int8t:int8sstatic", "int8a:int8static"]
 LINEAR += ["int8g16", "int8g32a", "int4g16a", "int4g32", "int4g64a", "int2g32", "int2g32a"]
 
 
@@ -41,7 +42,9 @@ def deployed(
     model: nn.Module, sample: Any, text: str, **options: Any
 ) -> tuple[OnnxNetwork, bytes, dict[LayerName, Placed], WeightQuantizer]:
     """The network with every layer in a scheme, in fp32 where no kernel runs that."""
-    graph = with_input_ranges(model, build_graph(model, sample, **options), [sample])
+    graph = build_graph(model, sample, **options)
+    static = [layer.name for layer in graph.layers] if "static" in text else []
+    graph = with_input_ranges(model, graph, [sample], static)
     network = OnnxNetwork.export(model.eval(), graph, sample)
     quantizer = WeightQuantizer()
     schemes = every_layer(graph, text)
@@ -90,6 +93,8 @@ NETS = [("mlp", text) for text in LINEAR]
 NETS += [("embedded", text) for text in ("int8g16", "int4g32a", "int8g32a")]
 NETS += [("conv", text) for text in LINEAR[:3]]
 NETS += [("convolutions", "int8:int8s")]  # a linear layer has no symmetric kernel
+NETS += [("mlp", text) for text in STATIC]
+NETS += [("convolutions", "int8:int8static"), ("recurrent", "int8:int8static")]
 NETS += [("recurrent", "int8:int8"), ("untied", "int8a:int8")]
 
 
@@ -119,6 +124,15 @@ def test_outputs_are_those_of_the_said_roundings(name: str, text: str) -> None:
 def test_dynamic_int8_of_one_sample_is_what_the_search_assumes(text: str) -> None:
     model, sample = mlp(64, 128, 32), torch.randn(1, 64)
     found, _, searched = outputs(*deployed(model, sample, text), sample)
+    assert relative(found, searched) < 1e-5
+
+
+@pytest.mark.parametrize("text", STATIC)
+def test_static_int8_is_what_the_search_assumes_whatever_the_batch(text: str) -> None:
+    model, sample = mlp(64, 128, 32), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    network, serialized, placed, quantizer = deployed(model, sample, text)
+    others = torch.cat([3 * sample, sample[:2]])  # beyond the calibrated range, too
+    found, _, searched = outputs(network, serialized, placed, quantizer, others)
     assert relative(found, searched) < 1e-5
 
 

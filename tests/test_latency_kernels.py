@@ -224,6 +224,24 @@ def test_a_symmetric_static_range_is_the_same_kernel(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["int8:int8static", "int8t:int8sstatic"])
+def test_static_products_are_right_and_do_not_saturate(text: str) -> None:
+    weight = gaussian(LINEAR.weight_shape)
+    x = gaussian(LINEAR.input_shape).reshape(-1, LINEAR.weight_shape[1])
+    per_row = None if text.startswith("int8t") else 1
+    scale = np.abs(weight).max(axis=per_row, keepdims=True) / 127
+    exact = static(x, (-2.0, 3.0)) @ (np.rint(weight / scale) * scale).T
+    if "sstatic" in text:
+        codes = np.clip(np.rint(x / (3.0 / 127)), -128, 127) * (3.0 / 127)
+        exact = codes @ (np.rint(weight / scale) * scale).T
+    (found,) = run(LINEAR, text, x, [weight], input_limits=(-2.0, 3.0))
+    assert worst(found, exact) < 1e-5
+    (found,) = run(
+        LINEAR, text, np.full_like(x, 3.0), [np.full_like(weight, 2.0)], input_limits=(0.0, 3.0)
+    )
+    assert worst(found, np.full(found.shape, 6.0 * x.shape[1])) < 0.01
+
+
 @pytest.mark.parametrize("text", ["int8:int8", "int8:int8s"])
 @pytest.mark.parametrize("name", ["plain", "stride", "grouped", "depthwise", "sequence"])
 def test_integer_convolutions_do_not_saturate(name: str, text: str) -> None:
@@ -254,6 +272,7 @@ def test_embeddings_are_looked_up(text: str) -> None:
     [
         (LINEAR, "fp32", {"MatMul": 4}),
         (LINEAR, "int8:int8", {"DynamicQuantizeMatMul": 4}),
+        (LINEAR, "int8:int8static", {"QuantizeLinear": 4, "MatMulIntegerToFloat": 4}),
         (LINEAR, "int4g32", {"MatMulNBits": 4}),
         (CONVS["plain"], "fp32", {"Conv": 4}),
         (
@@ -422,6 +441,7 @@ def test_an_even_kernel_that_keeps_the_size_runs(kernel: tuple[int, int], text: 
     with torch.no_grad():
         expected = module(torch.from_numpy(x)).numpy()
     weight = module.weight.detach().numpy()
-    limits = {"input_limits": (x.min(), x.max()), "output_limits": (-2.0, 2.0)}
+    ends = (float(expected.min()), float(expected.max()))
+    limits = {"input_limits": (float(x.min()), float(x.max())), "output_limits": ends}
     (found,) = run(layer, text, x, [weight], **limits)
     assert worst(found, expected) < (1e-5 if text == "fp32" else 0.03)

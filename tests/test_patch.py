@@ -143,7 +143,7 @@ def test_inputs_are_quantized_sample_by_sample() -> None:
 
 def test_inputs_with_limits_are_quantized_in_them() -> None:
     model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 6)
-    with quantized(model, {"0": schemes("fp32:int4")[0]}, limits={"0": (-0.5, 0.5)}):
+    with quantized(model, {"0": schemes("fp32:int4static")[0]}, limits={"0": (-0.5, 0.5)}):
         seen = fake_quantize_activation(x, parse_format("int4", "activations"), (-0.5, 0.5))
         assert torch.equal(model(x), nn.functional.linear(seen, model[0].weight, model[0].bias))
 

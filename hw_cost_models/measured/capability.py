@@ -37,7 +37,8 @@ def kernel_for(layer: Layer, scheme: Scheme) -> KernelCase | None:
     a static activation scale, and the QuantizeLinear before, the DequantizeLinear after it and
     the changes of layout that the runtime adds are part of the kernel, because the neighbours
     may be fp32; a static range may be symmetric, int8:int8s, which is the zero point 128 of the
-    same kernel. Both take *unsigned* weights:
+    same kernel. Linear layers with static activations, int8:int8static, run MatMulIntegerToFloat
+    behind a QuantizeLinear that is a part of it. All take *unsigned* weights:
     signed ones meet unsigned activations in a 16-bit saturating multiply-add on x86 without
     VNNI, and are wrong by up to half of the output.
     int2, int4, int8 in groups of 16 to 256 (2 bits: 32 to 128) with fp32 activations:
@@ -105,7 +106,8 @@ def _integer(layer: Layer, scheme: Scheme) -> _Found:
     weights, activations = scheme.weights, scheme.activations
     if layer.kind not in ("linear", "conv1d", "conv2d"):
         return f"{scheme}: no integer kernel for {layer.kind}; it runs in fp32"
-    if activations.bits != 8 or (activations.symmetric and layer.kind == "linear"):
+    is_dynamic = layer.kind == "linear" and not activations.static
+    if activations.bits != 8 or (activations.symmetric and is_dynamic):
         return (
             f"{scheme}: integer kernels of {layer.kind} take asymmetric 8-bit activations; "
             f"write {weights.text('weights')}:int8"
@@ -115,6 +117,8 @@ def _integer(layer: Layer, scheme: Scheme) -> _Found:
     if isinstance(weights.granularity, PerGroup):
         return f"{scheme}: integer kernels take one scale per channel or tensor; use int8:int8"
     scales = "per tensor" if isinstance(weights.granularity, PerTensor) else "per channel"
+    if layer.kind == "linear" and activations.static:
+        return f"QuantizeLinear+MatMulIntegerToFloat u8 weights {scales}", True
     if layer.kind == "linear":
         return f"DynamicQuantizeMatMul u8 weights {scales}", True
     return f"QuantizeLinear+QLinearConv+DequantizeLinear u8 weights {scales}", True

@@ -88,18 +88,21 @@ def _copy(
     output_limits: Limits | None,
     number: int,
 ) -> tuple[list[Any], Arrays]:
+    # Other scales in each copy: equal QuantizeLinear nodes would be merged into one.
+    factor = 1 + number * 1e-4
     if layer.kind in ("linear", "embedding"):
-        return _matrix(layer, scheme, weight)
+        return _matrix(layer, scheme, weight, input_limits, factor)
     if scheme.is_native:
         name = "ConvTranspose" if layer.kind == "conv_transpose2d" else "Conv"
         return [helper.make_node(name, ["x", "w"], ["y"], **geometry(layer))], {"w": weight}
     spread = _OUTLIER * math.sqrt(weight[0].size) * float(np.sqrt(np.square(weight).mean()))
     limits = output_limits or (-spread, spread)
-    # Other scales in each copy: equal QuantizeLinear nodes would be merged into one.
-    return _static_convolution(layer, scheme, weight, input_limits, limits, 1 + number * 1e-4)
+    return _static_convolution(layer, scheme, weight, input_limits, limits, factor)
 
 
-def _matrix(layer: Layer, scheme: Scheme, weight: Float32) -> tuple[list[Any], Arrays]:
+def _matrix(
+    layer: Layer, scheme: Scheme, weight: Float32, input_limits: Limits, factor: float
+) -> tuple[list[Any], Arrays]:
     """Linear layers, and embeddings: a look-up in a matrix."""
     linear = layer.kind == "linear"
     if scheme.is_native:
@@ -111,6 +114,13 @@ def _matrix(layer: Layer, scheme: Scheme, weight: Float32) -> tuple[list[Any], A
     per_channel = not isinstance(scheme.weights.granularity, PerTensor)
     codes, scales = centred_u8(weight, per_channel=per_channel)
     arrays: Arrays = {"w": codes.T.copy(), "s": scales, "z": np.full(len(scales), CENTRE, np.uint8)}
+    if scheme.activations.static:
+        arrays |= _steps("x", input_limits, factor, symmetric=scheme.activations.symmetric)
+        inputs = ["xq", "w", "xs", "s", "xz", "z"]
+        return [
+            helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+            helper.make_node("MatMulIntegerToFloat", inputs, ["y"], domain=_MICROSOFT),
+        ], arrays
     inputs = ["x", "w", "s", "z"]
     return [helper.make_node("DynamicQuantizeMatMul", inputs, ["y"], domain=_MICROSOFT)], arrays
 
@@ -152,12 +162,8 @@ def _static_convolution(
         "ws": scales if per_channel else scales.reshape(()),
         "wz": zeros if per_channel else zeros.reshape(()),
     }
-    for name, (low, high) in {"x": input_limits, "y": output_limits}.items():
-        symmetric = name == "x" and scheme.activations.symmetric
-        scale = factor * (max(-low, high) / 127 if symmetric else (high - low) / 255)
-        zero = CENTRE if symmetric else np.clip(np.rint(-low / scale), 0, 255)
-        arrays[f"{name}s"] = np.array(scale, np.float32)
-        arrays[f"{name}z"] = np.array(zero, np.uint8)
+    arrays |= _steps("x", input_limits, factor, symmetric=scheme.activations.symmetric)
+    arrays |= _steps("y", output_limits, factor)
     inputs = ["xq", "xs", "xz", "w", "ws", "wz", "ys", "yz"]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
@@ -165,6 +171,14 @@ def _static_convolution(
         helper.make_node("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
     ]
     return nodes, arrays
+
+
+def _steps(name: str, limits: Limits, factor: float, *, symmetric: bool = False) -> Arrays:
+    """Return scale and zero point of a static 8-bit range."""
+    low, high = limits
+    scale = factor * (max(-low, high) / 127 if symmetric else (high - low) / 255)
+    zero = CENTRE if symmetric else np.clip(np.rint(-low / scale), 0, 255)
+    return {f"{name}s": np.array(scale, np.float32), f"{name}z": np.array(zero, np.uint8)}
 
 
 def geometry(layer: Layer) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Format:
 
     `family` is "int" or a native type ("fp32", "fp16", "bf16", left as the network has it).
     Scales take `scale_bits` each (IEEE half) and an asymmetric format one zero point of `bits`
-    beside each scale. Native formats have neither.
+    beside each scale. Native formats have neither. Activations that are `static` have the range
+    of the calibration data; others take their own where the kernel can.
     """
 
     family: str
@@ -55,6 +56,7 @@ class Format:
     granularity: Granularity = field(default_factory=PerChannel)
     symmetric: bool = True
     scale_bits: int = 16
+    static: bool = False
 
     @property
     def is_native(self) -> bool:
@@ -106,7 +108,7 @@ class Format:
                 case PerGroup(size):
                     suffix = f"g{size}"
             return f"int{self.bits}{suffix}{'' if self.symmetric else 'a'}"
-        return f"int{self.bits}{'s' if self.symmetric else ''}"
+        return f"int{self.bits}{'s' if self.symmetric else ''}{'static' if self.static else ''}"
 
 
 FP32 = Format(family="fp32", bits=32, granularity=PerTensor())
@@ -115,11 +117,11 @@ _INTEGER = {
     "weights": re.compile(
         r"int(?P<bits>\d{1,9})(?:(?P<tensor>t)|g(?P<group>\d{1,9}))?(?P<asym>a)?"
     ),
-    "activations": re.compile(r"int(?P<bits>\d{1,9})(?P<sym>s)?"),
+    "activations": re.compile(r"int(?P<bits>\d{1,9})(?P<sym>s)?(?P<static>static)?"),
 }
 _EXAMPLES = {
     "weights": ("int8", "int4", "int4t", "int4g64", "int4g128a", *NATIVE_BITS),
-    "activations": ("int8", "int8s", "fp32"),
+    "activations": ("int8", "int8s", "int8static", "fp32"),
 }
 
 
@@ -128,7 +130,8 @@ def parse_format(text: str, role: Role = "weights") -> Format:
 
     Weights: "int4" (a scale per output channel), "int4t" (one per tensor), "int4g64" (one per
     64 weights), a trailing "a" for asymmetric with zero points. Activations: "int8" (asymmetric,
-    one scale for the tensor of a sample, as CPU kernels do), "int8s" (symmetric).
+    one scale for the tensor of a sample, as CPU kernels do), "int8s" (symmetric), "int8static"
+    (one scale for all, of the calibration data; convolutions always have that).
     Raises InvalidInputError for anything else.
     """
     if not isinstance(text, str):
@@ -151,7 +154,11 @@ def parse_format(text: str, role: Role = "weights") -> Format:
         )
     if role == "activations":
         return Format(
-            family="int", bits=bits, granularity=PerTensor(), symmetric=found["sym"] is not None
+            family="int",
+            bits=bits,
+            granularity=PerTensor(),
+            symmetric=found["sym"] is not None,
+            static=found["static"] is not None,
         )
     granularity: Granularity = PerChannel()
     if found["tensor"]:

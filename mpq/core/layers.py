@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpq.core.formats import ChannelAxis
+from mpq.core.formats import ChannelAxis, Format
 
 LayerName = str
 UnitName = str
@@ -58,6 +58,14 @@ class Layer:
     convolution: Convolution | None = None
     input_range: tuple[float, float] | None = None
     native_family: str = "fp32"
+
+    def static_range(self, activations: Format) -> tuple[float, float] | None:
+        """Return the input range that activations of a format have, None where each sample's own.
+
+        Integer kernels of convolutions have static ranges alone.
+        """
+        is_static = activations.static or self.kind.startswith("conv")
+        return self.input_range if is_static else None
 
     @property
     def channel_axis(self) -> ChannelAxis:

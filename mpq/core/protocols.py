@@ -124,6 +124,10 @@ class Exporter(Protocol):
     def fuses(self) -> bool:
         """Whether the target runs q/k/v and gate/up projections as one kernel."""
 
+    @property
+    def keeps_static(self) -> bool:
+        """Whether its file says that activations of a linear layer have a static range."""
+
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return which rule of the target a scheme breaks on a layer, "" where it runs it."""
 

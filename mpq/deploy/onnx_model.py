@@ -12,7 +12,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import PerGroup, PerTensor
 from mpq.core.layers import LayerName
 from mpq.deploy.marked import DOMAIN, OPSET, MarkedGraph, layer_of
-from mpq.deploy.placed import Limits, Placed, is_static, static_step
+from mpq.deploy.placed import Limits, Placed, static_step
 from mpq.nn.quantizers import IntegerWeight
 
 _MICROSOFT = "com.microsoft"
@@ -139,7 +139,7 @@ def _without_unread(nodes: list[Any], outputs: list[str]) -> list[Any]:
 
 def _write(placed: Placed, source: str, target: str, writer: _Writer) -> None:
     kind, scheme = placed.layer.kind, placed.scheme
-    if is_static(placed.layer, scheme) and placed.tail is not None:
+    if placed.tail is not None:
         _static_convolution(placed, source, placed.tail.output, writer)
         return
     output = target if placed.bias is None else ""
@@ -148,6 +148,8 @@ def _write(placed: Placed, source: str, target: str, writer: _Writer) -> None:
             made = _native_matrix(placed, source, output, writer)
         elif scheme.activations.is_native:
             made = _blockwise(placed, source, output, writer)
+        elif scheme.activations.static:
+            made = _static_matrix(placed, source, output, writer)
         else:
             made = _dynamic(placed, source, output, writer)
     elif scheme.is_native:
@@ -201,6 +203,20 @@ def _dynamic(placed: Placed, source: str, output: str, writer: _Writer) -> str:
     codes = writer.stored(f"{name}.codes", lambda: np.ascontiguousarray(unsigned.T))
     inputs = [source, codes, _scales(stored, (-1,), name, writer), _zeros(placed, writer)]
     return writer.node("DynamicQuantizeMatMul", inputs, output, domain=_MICROSOFT)
+
+
+def _static_matrix(placed: Placed, source: str, output: str, writer: _Writer) -> str:
+    """MatMulIntegerToFloat behind the rounding of its input, weights as for a dynamic one."""
+    stored, name = _codes(placed), placed.layer.weight_id
+    unsigned = _unsigned(stored).reshape(placed.layer.weight_shape)
+    codes = writer.stored(f"{name}.codes", lambda: np.ascontiguousarray(unsigned.T))
+    assert placed.input_limits is not None
+    symmetric = placed.scheme.activations.symmetric
+    place = f"{placed.layer.name}.input"
+    read, scale, zero = _rounded(source, place, placed.input_limits, symmetric, writer)
+    scales = _scales(stored, (-1,), name, writer)
+    inputs = [read, codes, scale, scales, zero, _zeros(placed, writer)]
+    return writer.node("MatMulIntegerToFloat", inputs, output, domain=_MICROSOFT)
 
 
 def _native_convolution(placed: Placed, source: str, output: str, writer: _Writer) -> str:

@@ -105,7 +105,7 @@ def _folded(tail: Tail, placed: Placed) -> Tail | None:
     A negative factor turns codes around zero, where -128 has no place.
     """
     stored, limits = placed.weight, placed.input_limits
-    if not is_static(placed.layer, placed.scheme) or limits is None:
+    if not writes_codes(placed.layer, placed.scheme) or limits is None:
         return None
     assert isinstance(stored, IntegerWeight)
     turns = (tail.factor < 0).any()
@@ -147,20 +147,26 @@ def no_range(layer: LayerName, scheme: Scheme) -> InvalidInputError:
 
 
 def is_static(layer: Layer, scheme: Scheme) -> bool:
-    """Tell whether the kernel takes static activation ranges: integer convolutions do."""
+    """Tell whether the kernel takes a static range of its input: integer convolutions do."""
+    return writes_codes(layer, scheme) or scheme.activations.static
+
+
+def writes_codes(layer: Layer, scheme: Scheme) -> bool:
+    """Tell whether the kernel rounds its output to a static range, too."""
     return layer.kind.startswith("conv") and not scheme.activations.is_native
 
 
 def with_output_limits(
     model: nn.Module, placed: Mapping[LayerName, Placed], batches: Sequence[Batch]
 ) -> dict[LayerName, Placed]:
-    """Return the layers with the range of what each static kernel writes; zero is always inside.
+    """Return the layers with the range of what each kernel writes in 8 bits; zero is always inside.
 
     Where another static kernel reads it and rounds it to codes of the same kind, the range is that
     of its input: then what one writes is what the other reads. Costs one forward pass over the
     batches. Raises InvalidInputError (`no_range`) without batches.
     """
     static = {name: p for name, p in placed.items() if is_static(p.layer, p.scheme)}
+    writing = {name: p for name, p in static.items() if writes_codes(p.layer, p.scheme)}
     limits: dict[LayerName, Limits] = {}
 
     def observe(name: LayerName, tail: Tail | None) -> RemovableHandle:
@@ -172,12 +178,12 @@ def with_output_limits(
 
         return model.get_submodule(name).register_forward_hook(hook)
 
-    handles = [observe(name, p.tail) for name, p in static.items()]
+    handles = [observe(name, p.tail) for name, p in writing.items()]
     run_observed(model, batches, handles)
-    for name, p in static.items():
+    for name, p in writing.items():
         if name not in limits:
             raise no_range(name, p.scheme)
-    ranges = limits | {name: found for name, p in static.items() if (found := _read(p, static))}
+    ranges = limits | {name: found for name, p in writing.items() if (found := _read(p, static))}
     return {n: replace(p, output_limits=ranges.get(n)) for n, p in placed.items()}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mpq.core.formats import Format, PerGroup, Scheme
 from mpq.core.layers import LayerName
-from mpq.deploy.placed import Placed, is_static, without_bias
+from mpq.deploy.placed import Placed, is_static, without_bias, writes_codes
 from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
 
@@ -35,7 +35,7 @@ def as_kernels(
             module = model.get_submodule(name)
             hook = module.register_forward_pre_hook(_input_rounding(p))
             restore.callback(hook.remove)
-            if is_static(p.layer, p.scheme):
+            if writes_codes(p.layer, p.scheme):
                 restore.callback(module.register_forward_hook(_output_rounding(p)).remove)
         yield model
 

@@ -20,7 +20,7 @@ from mpq.deploy.marked import feeds
 from mpq.deploy.neighbours import neighbours
 from mpq.deploy.network import OnnxNetwork
 from mpq.deploy.onnxruntime import Session, network_case, time_networks
-from mpq.deploy.placed import is_static
+from mpq.deploy.placed import is_static, writes_codes
 from mpq.nn.batches import Batch, cut, describe
 from mpq.nn.fingerprint import digest, model_digest
 from mpq.nn.quantizers import WeightQuantizer
@@ -180,23 +180,25 @@ def read_bytes(graph: LayerGraph, schemes: Schemes) -> int:
 def _meeting(cells: Cells, network: WholeNetwork) -> list[tuple[int, int]]:
     """Return the pairs of cells in which two neighbours pass each other 8-bit codes."""
     layers = network.graph.by_name
-    passing: dict[LayerName, list[int]] = {}
+    writing: dict[LayerName, list[int]] = {}
+    reading: dict[LayerName, list[int]] = {}
     numbers = {unit: number for number, unit in enumerate(cells.units)}
     for unit in network.graph.units:
         start = int(cells.offsets[numbers[unit.name]])
         for name in unit.layers:
-            passing[name] = [
-                start + place
-                for place, scheme in enumerate(cells.schemes[numbers[unit.name]])
-                if is_static(layers[name], scheme)
-            ]
-    if not any(passing.values()):
+            for cells_of, does in ((writing, writes_codes), (reading, is_static)):
+                cells_of[name] = [
+                    start + place
+                    for place, scheme in enumerate(cells.schemes[numbers[unit.name]])
+                    if does(layers[name], scheme)
+                ]
+    if not any(writing.values()):
         return []
     of_layer = {layer: unit.name for unit in network.graph.units for layer in unit.layers}
     return [
         (one, other)
         for a, b in neighbours(network.exported.marked)
         if of_layer[a] != of_layer[b]
-        for one in passing[a]
-        for other in passing[b]
+        for one in writing[a]
+        for other in reading[b]
     ]

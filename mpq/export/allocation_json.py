@@ -85,6 +85,7 @@ class AllocationJson:
     name = "mpq"
     suffix = ".json"
     fuses = False
+    keeps_static = True
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return "": it holds every scheme."""

@@ -32,6 +32,7 @@ class CompressedTensorsHf:
     name = "compressed-tensors-hf"
     suffix = ".json"
     fuses = False
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""
@@ -108,6 +109,7 @@ class CompressedTensors(CompressedTensorsHf):
 
     name = "compressed-tensors"
     fuses = True
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

@@ -56,6 +56,7 @@ class Gguf:
     name = "gguf"
     suffix = ".txt"
     fuses = False
+    keeps_static = False
 
     def __init__(self, arch: str | None = None) -> None:
         self._arch = arch

@@ -31,6 +31,7 @@ class GptqModel:
     name = "gptqmodel"
     suffix = ".json"
     fuses = True
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

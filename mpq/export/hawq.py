@@ -27,6 +27,7 @@ class Hawq:
     name = "hawq"
     suffix = ".py"
     fuses = False
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

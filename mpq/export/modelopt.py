@@ -31,6 +31,7 @@ class ModelOpt:
     name = "modelopt"
     suffix = ".py"
     fuses = True
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""
@@ -85,6 +86,7 @@ class ModelOptHf:
     name = "modelopt-hf"
     suffix = ".json"
     fuses = True
+    keeps_static = False
     algorithms: Mapping[str, Mapping[str, Any]] = {
         "int8": {"quant_algo": "W8A16"},
         "int8:int8s": {"quant_algo": "W8A8_SQ_PER_CHANNEL"},

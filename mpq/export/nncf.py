@@ -53,6 +53,7 @@ class Nncf:
     name = "nncf"
     suffix = ".py"
     fuses = False
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

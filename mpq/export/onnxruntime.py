@@ -46,6 +46,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     suffix = ".json"
     fuses = False
+    keeps_static = False
 
     def __init__(self, names: Mapping[LayerName, OnnxName] | None = None) -> None:
         self._names = names or {}

@@ -82,6 +82,8 @@ def _refusal(exporter: Exporter, layer: Layer, scheme: Scheme) -> str:
         return str(error)
     if not scheme.activations.is_native and layer.why_weights_only:
         return f"cannot quantize activations of a layer that {layer.why_weights_only}"
+    if scheme.activations.static and not exporter.keeps_static:
+        return "has no static range of activations in its file"
     return exporter.refusal(layer, scheme)
 
 

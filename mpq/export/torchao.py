@@ -39,6 +39,7 @@ class TorchAo:
     name = "torchao"
     suffix = ".json"
     fuses = False
+    keeps_static = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

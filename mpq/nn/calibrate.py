@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,14 +14,20 @@ from mpq.nn.batches import Batch, checked_call
 from mpq.nn.patch import evaluating
 
 
-def with_input_ranges(model: nn.Module, graph: LayerGraph, batches: Sequence[Batch]) -> LayerGraph:
-    """Return the graph with the smallest and largest input of each searched convolution.
+def with_input_ranges(
+    model: nn.Module,
+    graph: LayerGraph,
+    batches: Sequence[Batch],
+    static: Container[LayerName] = (),
+) -> LayerGraph:
+    """Return the graph with the smallest and largest input of layers that need a static range.
 
-    Integer convolution kernels take static ranges; those of linear layers are dynamic and need
-    no calibration. Costs one forward pass over the batches.
+    Those are the searched convolutions, whose integer kernels have no other, and the layers in
+    `static`. Costs one forward pass over the batches.
     """
     kinds = graph.by_name
-    names = [n for u in graph.units for n in u.layers if kinds[n].kind.startswith("conv")]
+    searched = [name for unit in graph.units for name in unit.layers]
+    names = [n for n in searched if kinds[n].kind.startswith("conv") or n in static]
     ranges = _min_max(model, names, batches)
     layers = (replace(layer, input_range=ranges.get(layer.name)) for layer in graph.layers)
     return replace(graph, layers=tuple(layers))

@@ -70,7 +70,8 @@ def quantized(
 
     Weights are replaced, never written to, so the originals come back as the same objects, also
     on error; a tied weight is replaced wherever it is used. `limits` gives static ranges of
-    layer inputs; layers without one quantize dynamically, sample by sample.
+    layer inputs, for convolutions and what is static by its format; others quantize sample by
+    sample. Raises InvalidInputError (`no_range`) for a static format without a range.
     """
     modules = {name: layer_module(model, name) for name in schemes}
     with ExitStack() as restore:
@@ -93,7 +94,12 @@ def quantized(
                         f"{scheme} quantizes activations, but experts {name!r} are a parameter "
                         f"without an input of its own: give them a weights-only scheme",
                     )
-                limit = (limits or {}).get(name)
+                is_static = scheme.activations.static or not isinstance(module, nn.Linear)
+                limit = (limits or {}).get(name) if is_static else None
+                if scheme.activations.static and limit is None:
+                    raise InvalidInputError(
+                        "no_range", f"layer {name!r} in {scheme} needs its calibrated input range"
+                    )
                 restore.callback(_quantize_input(module, scheme, limit).remove)
         restore.enter_context(_replaced(model, replaced))
         yield model
