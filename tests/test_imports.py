@@ -27,7 +27,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sensitivity": (("mpq.core", "mpq.nn", "sensitivity"), ("numpy", "torch", "pyhessian")),
     "hw_cost_models": (
         ("mpq.core", "mpq.nn", "hw_cost_models"),
-        ("numpy", "torch", "onnx", "onnxruntime"),
+        ("numpy", "torch", "onnx", "onnxruntime", "filelock"),
     ),
     "solvers": (("mpq.core", "solvers"), ("numpy", "pulp", "highspy", "optuna", "numba")),
     "workers": (("mpq.core", "workers"), ("ray",)),

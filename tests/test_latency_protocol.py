@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from hw_cost_models.measured.alone import measuring_alone
 from hw_cost_models.measured.protocol import LEAST_ROUNDS, Op, Stopwatch
 from mpq.core.errors import InvalidInputError
 from mpq.core.latency import KernelCase, KernelLatency
@@ -204,3 +209,32 @@ def test_garbage_collection_comes_back_after_an_error() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(InvalidInputError, match="inner >= 0"):
         Stopwatch(**settings)  # type: ignore[arg-type]
+
+
+_HOLD = """
+import sys, time
+from hw_cost_models.measured.alone import measuring_alone
+with measuring_alone():
+    print("held", flush=True)
+    sys.stdin.readline()
+    print(time.time(), flush=True)
+"""
+
+
+def test_measurements_of_several_processes_wait_for_each_other() -> None:
+    """One that ends without letting go, as a killed process does, holds nobody up."""
+    command = [sys.executable, "-c", _HOLD]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        threading.Timer(0.2, lambda: (other.stdin.write("\n"), other.stdin.flush())).start()
+        with measuring_alone():
+            now = time.time()
+        assert now >= float(other.stdout.readline())
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+        with measuring_alone():
+            pass

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hw_cost_models.measured.alone import measuring_alone
 from hw_cost_models.measured.interval import Estimate, estimate
 from mpq.core.errors import InvalidInputError
 from mpq.core.latency import KernelCase, KernelLatency
@@ -61,7 +62,8 @@ class Stopwatch:
     Rounds go on until there are `min_rounds`, a quarter of `budget_s` has passed (a short
     measurement sees no drift) and every interval, as far as more rounds can narrow it, is within
     `target` of its median; or until `budget_s` is used and there are LEAST_ROUNDS. All kernels
-    share all rounds: they are compared at the same moments. `clock` counts nanoseconds.
+    share all rounds: they are compared at the same moments. Measurements of several processes
+    wait for each other. `clock` counts nanoseconds.
 
     An interval holds the next measurement too, so it has a least width that more rounds do not
     change: the machine's speed differs from one process to the next by `drift_sd` and, for the
@@ -102,11 +104,11 @@ class Stopwatch:
         rng = np.random.default_rng(self.seed)
         rows: list[list[float]] = []
         reference_s: list[float] = []
-        for op in (reference, *ops):
-            for _ in range(2 * op.rotation):  # warm-up: first runs allocate
-                op.run()
         next_look = self.min_rounds
-        with _no_garbage_collection():
+        with measuring_alone(), _no_garbage_collection():
+            for op in (reference, *ops):
+                for _ in range(2 * op.rotation):  # warm-up: first runs allocate
+                    op.run()
             start = self.clock()
             while True:
                 row = [0.0] * len(ops)
