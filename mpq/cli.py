@@ -151,7 +151,7 @@ def deploy_run(
         str | None,
         typer.Argument(help="Entry point or directory (default: the run's)."),
     ] = None,
-    to: Annotated[str, typer.Option(help="The runtime: onnxruntime.")] = "onnxruntime",
+    to: Annotated[str, typer.Option(help="The runtime: onnxruntime or torch_cpu.")] = "onnxruntime",
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
     calibration: Annotated[
         str | None, typer.Option(help="Entry point of batches (default: the run's).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware, get_kernels, is_local
+from hw_cost_models import COST_MODELS, get_cost_model, get_hardware, get_kernels, is_local
 from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
@@ -153,11 +153,13 @@ class Hardware:
         table = tables.get("latency")
         if table is None or table.provenance != f"measured on {self.device}":
             return {}
-        if self._hardware not in (LOCAL, f"{LOCAL}:{BACKEND}"):
+        from mpq.deploy.rest import with_rest
+        from mpq.deploy.target import TARGETS
+
+        target = self._hardware.partition(":")[2] or BACKEND
+        if target not in TARGETS:
             log("latency", f"of the searched layers only: {self._hardware} times no whole network")
             return {}
-        from mpq.deploy.rest import with_rest
-
         try:
             with self._progress.stage("network latency", 1) as advance:
                 found = with_rest(
@@ -166,6 +168,7 @@ class Hardware:
                     workload.graph,
                     sample,
                     self._store,
+                    target=target,
                     device=self.device,
                     seconds=self._seconds / 4,
                     seed=self._seed,

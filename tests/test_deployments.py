@@ -16,7 +16,7 @@ import mpq
 from mpq.cli import app
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.latency import REST_INCLUDED
-from mpq.deploy import deploy
+from mpq.deploy import onnx_target
 from mpq.result import SearchResult
 from mpq.store.store import Store, open_store
 from tests.test_deploy import Decomposed
@@ -133,9 +133,10 @@ def test_another_shape_than_the_searched_one_has_no_prediction(
 def test_a_runtime_that_computes_something_else_is_refused(
     result: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = deploy.Session.output
-    monkeypatch.setattr(deploy.Session, "output", lambda self, feeds: 1.1 * output(self, feeds))
-    monkeypatch.setattr("mpq.deploy.network._FAITHFUL", 1.0)
+    session = onnx_target.Session
+    output = session.output
+    monkeypatch.setattr(session, "output", lambda self, feeds: 1.1 * output(self, feeds))
+    monkeypatch.setattr("mpq.deploy.network.FAITHFUL", 1.0)
     with pytest.raises(RunFailedError, match="outputs differ from those that the formats give"):
         result.deploy("onnxruntime", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()

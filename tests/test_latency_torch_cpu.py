@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest

@@ -97,7 +97,7 @@ def _native_convolution(layer: Layer) -> nn.Module:
     assert conv is not None, layer.name
     turned = layer.kind == "conv_transpose2d"
     first, second = layer.weight_shape[0], layer.weight_shape[1] * conv.groups
-    spans: dict[str, Any] = {
+    given: dict[str, Any] = {
         "kernel_size": conv.kernel,
         "stride": conv.stride,
         "padding": 0 if conv.padding_end else conv.padding,
@@ -106,8 +106,8 @@ def _native_convolution(layer: Layer) -> nn.Module:
         "bias": False,
     }
     if turned:
-        return nn.ConvTranspose2d(first, second, output_padding=conv.output_padding, **spans)
-    return (nn.Conv1d if layer.kind == "conv1d" else nn.Conv2d)(second, first, **spans)
+        return nn.ConvTranspose2d(first, second, **given | {"output_padding": conv.output_padding})
+    return (nn.Conv1d if layer.kind == "conv1d" else nn.Conv2d)(second, first, **given)
 
 
 class _Padding(nn.Module):

@@ -178,7 +178,8 @@ class StaticConvolution(nn.Module):
             y = torch.ops.quantized.conv1d(codes, self.packed, self.out_scale, self.out_zero)
         else:
             y = torch.ops.quantized.conv2d(codes, self.packed, self.out_scale, self.out_zero)
-        return torch.dequantize(y.contiguous())
+        found: torch.Tensor = torch.dequantize(y.contiguous())
+        return found
 
     def _packed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
         spans = self.stride, self.padding, self.dilation, self.groups

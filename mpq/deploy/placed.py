@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hw_cost_models.measured.capability import kernel_for, why_no_kernel
+from hw_cost_models.measured.capability import why_no_kernel
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
@@ -21,6 +21,7 @@ from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 
 Limits = tuple[float, float]
+WhyNot = Callable[[Layer, Scheme], str]
 _NATIVE = Scheme(FP32)
 
 
@@ -61,8 +62,11 @@ def place(
     schemes: Mapping[LayerName, Scheme],
     quantizer: WeightQuantizer,
     output_limits: Mapping[LayerName, Limits],
+    *,
+    why_not: WhyNot = why_no_kernel,
+    runtime: str = "ONNX Runtime",
 ) -> dict[LayerName, Placed]:
-    """Return what each searched layer is deployed as.
+    """Return what each searched layer is deployed as, by a runtime whose kernels `why_not` tells.
 
     Raises InvalidInputError (`no_kernel`) naming the layer that no kernel runs in its scheme.
     """
@@ -75,7 +79,10 @@ def place(
         if name not in nodes and scheme.is_native:
             continue  # stays what the exporter makes of it
         limits = graph.input_ranges.get(name), output_limits.get(name)
-        _check(layer, scheme, name in nodes, limits)
+        reason = why_not(layer, scheme)
+        if name not in nodes:
+            reason = reason or f"{scheme}: no kernel pads otherwise than by zeros"
+        _check(layer, scheme, limits, reason, runtime)
         if layer.weight_id not in stored:
             weight = parameters[layer.weight_id].detach()
             stored[layer.weight_id] = (
@@ -96,16 +103,19 @@ def place(
 
 
 def _check(
-    layer: Layer, scheme: Scheme, is_node: bool, limits: tuple[Limits | None, Limits | None]
+    layer: Layer,
+    scheme: Scheme,
+    limits: tuple[Limits | None, Limits | None],
+    reason: str,
+    runtime: str,
 ) -> None:
     if layer.native_family != "fp32":
         raise InvalidInputError(
             "no_kernel",
-            f"layer {layer.name!r} is in {layer.native_family}: ONNX Runtime computes in fp32 on "
+            f"layer {layer.name!r} is in {layer.native_family}: {runtime} computes in fp32 on "
             "this CPU, so deploy model.float()",
         )
-    if not is_node or kernel_for(layer, scheme) is None:
-        reason = why_no_kernel(layer, scheme) or f"{scheme}: no kernel pads otherwise than by zeros"
+    if reason:
         raise InvalidInputError(
             "no_kernel", f"layer {layer.name!r} cannot be deployed in {scheme}: {reason}"
         )

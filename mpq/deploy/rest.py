@@ -11,9 +11,8 @@ from mpq.core.latency import REST_INCLUDED, KernelLatency
 from mpq.core.layers import LayerGraph
 from mpq.core.quantities import quantity
 from mpq.core.tables import CostTable
-from mpq.deploy.marked import feeds
-from mpq.deploy.network import OnnxNetwork
-from mpq.deploy.onnxruntime import Session, network_case, time_networks
+from mpq.deploy.target import Target, get_target
+from mpq.deploy.timing import network_case, time_networks
 from mpq.nn.batches import Batch, describe
 from mpq.nn.fingerprint import digest, model_digest
 from mpq.store.store import Store
@@ -28,6 +27,7 @@ def with_rest(
     sample: Batch,
     store: Store,
     *,
+    target: str = "onnxruntime",
     device: str,
     seconds: float,
     seed: int = 0,
@@ -35,7 +35,7 @@ def with_rest(
     """Return a latency table of kernels whose fixed part is the rest of the network.
 
     A total is then the time of the whole network with some layers in other formats, and a
-    percentage one of the whole network. The rest is the time of the fp32 network in ONNX Runtime
+    percentage one of the whole network. The rest is the time of the fp32 network in the target
     minus the fp32 kernels of its searched layers, once for each network, sample and device. It
     is what runs between the layers, less what the runtime gains by fusing across them.
     Raises InvalidInputError where the network cannot be exported, or runs in less time than its
@@ -43,9 +43,10 @@ def with_rest(
     """
     unit_layers = [unit.layers for unit in graph.units]
     key = digest(_VERSION, model_digest(model), describe(sample), unit_layers)
-    case = network_case("fp32", f"{describe(sample)} {key}")
+    runtime = get_target(target)
+    case = network_case(runtime, "fp32", f"{describe(sample)} {key}")
     known = store.kernel_latencies(device).get(case)
-    whole = known or _timed(model, graph, sample, seconds, seed, case.shape)
+    whole = known or _timed(runtime, model, graph, sample, seconds, seed, case.shape)
     if known is None:
         store.put_kernel_latency(whole)
     layers_s = table.baseline - table.fixed
@@ -64,14 +65,20 @@ def with_rest(
 
 
 def _timed(
-    model: nn.Module, graph: LayerGraph, sample: Batch, seconds: float, seed: int, shape: str
+    runtime: Target,
+    model: nn.Module,
+    graph: LayerGraph,
+    sample: Batch,
+    seconds: float,
+    seed: int,
+    shape: str,
 ) -> KernelLatency:
-    network = OnnxNetwork.export(model, graph, sample)
+    network = runtime.export(model, graph, sample).fp32
     read = sum(la.weight_bytes for la in graph.layers if la.calls and la.kind != "embedding")
     (whole,) = time_networks(
-        [Session(network.fp32)],
-        [network_case("fp32", shape)],
-        feeds(model, sample),
+        runtime,
+        {network_case(runtime, "fp32", shape): network},
+        sample,
         [read],
         seconds=seconds,
         seed=seed,
