@@ -51,10 +51,10 @@ def deployed(
     return network, serialized, placed, quantizer
 
 
-def every_layer(graph: LayerGraph, text: str) -> dict[LayerName, Scheme]:
+def every_layer(graph: LayerGraph, text: str, runs: Any = kernel_for) -> dict[LayerName, Scheme]:
     wanted, layers = parse_scheme(text), graph.by_name
     return {
-        name: wanted if kernel_for(layers[name], wanted) else Scheme(FP32)
+        name: wanted if runs(layers[name], wanted) else Scheme(FP32)
         for unit in graph.units
         for name in unit.layers
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -159,20 +160,22 @@ class TorchCpuTarget:
 
 
 def kernels(placed: Mapping[LayerName, Placed]) -> dict[LayerName, nn.Module]:
-    """Return the compiled kernel of each layer; layers that store the same share one."""
+    """Return what stands in the place of each layer; a weight that several share is stored once."""
+    tied = Counter(p.layer.weight_id for p in placed.values())
     made: dict[Any, nn.Module] = {}
-    found = {}
+    found: dict[LayerName, nn.Module] = {}
     for name, p in placed.items():
-        limits = p.input_limits, p.output_limits
-        key = (p.layer.weight_id, id(p.bias) if p.bias is not None else None, p.scheme, limits)
+        bias = None if p.bias is None else torch.from_numpy(p.bias)
+        # Packed weights hold the bias, so that of layers which share a weight is added after it.
+        after = tied[p.layer.weight_id] > 1 and p.layer.kind == "linear"
+        key = p.layer.weight_id if after else name
         if key not in made:
-            made[key] = _kernel(p)
-        found[name] = made[key]
+            made[key] = _packed(p, None if after else bias)
+        found[name] = _Kernel(name, made[key], bias if after else None)
     return found
 
 
-def _kernel(placed: Placed) -> nn.Module:
-    bias = None if placed.bias is None else torch.from_numpy(placed.bias)
+def _packed(placed: Placed, bias: torch.Tensor | None) -> nn.Module:
     limits = None
     if placed.input_limits is not None and placed.output_limits is not None:
         limits = placed.input_limits, placed.output_limits
@@ -226,12 +229,13 @@ def _without_sources(stream: io.BytesIO) -> bytes:
 class _Kernel(nn.Module):
     """Stands where a layer was."""
 
-    def __init__(self, name: LayerName, kernel: nn.Module) -> None:
+    def __init__(self, name: LayerName, kernel: nn.Module, bias: torch.Tensor | None) -> None:
         super().__init__()
         self._name, self.kernel = name, kernel
+        self.register_buffer("added", bias)
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self.kernel(x)
+        return self.kernel(x) if self.added is None else self.kernel(x) + self.added
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):
@@ -246,10 +250,7 @@ class _Kernel(nn.Module):
 @contextmanager
 def _replaced(served: Served, kernels: Mapping[LayerName, nn.Module]) -> Iterator[None]:
     """Put kernels in the place of layers, wherever those are."""
-    others = {
-        id(served.model.get_submodule(name)): _Kernel(name, kernel)
-        for name, kernel in kernels.items()
-    }
+    others = {id(served.model.get_submodule(name)): made for name, made in kernels.items()}
     with ExitStack() as restore:
         for module in list(served.modules()):
             for key, child in list(module._modules.items()):
