@@ -2,11 +2,12 @@
 
 Random mixes of the formats that this machine's kernels run, of MiniLM at 16 and 128 tokens and of
 a small ResNet: the seconds that the table predicts beside those of the really quantized network in
-ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). Then latency budgets
-on MiniLM: does the deployed network meet them? Which layer gives way first is decided by made-up
-scores, 4^-bits for each weight; they do not matter here.
+ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). Then latency
+budgets on MiniLM: does the deployed network meet them? Which layer gives way first is decided by
+made-up scores, 4^-bits for each weight; they do not matter here.
 
-    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--budgets 10] [--seconds 60] [--only resnet20]
+    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--budgets 10] [--seconds 60]
+                                 [--only resnet20]
 """
 
 from __future__ import annotations

@@ -241,6 +241,14 @@ def test_an_integer_convolution_needs_calibration() -> None:
         network.mixed(every_layer(graph, "int8:int7", kernel_for), WeightQuantizer(), [])
 
 
+def test_a_weight_that_another_module_has_too_is_refused() -> None:
+    """The search takes it to be quantized there as well."""
+    model, sample = Recurrent(times=3), torch.randn(1, 4)
+    made = torch_cpu.kernels(deployed(model, sample, "int8:int7")[1].placed)
+    with pytest.raises(InvalidInputError, match="weight of layer 'cell' is read outside"):
+        traced(model, sample, {"cell": made["cell"]})
+
+
 EXAMPLES = ["digits_vit", "digits_resnet20", pytest.param("minilm", marks=pytest.mark.slow)]
 
 

@@ -59,7 +59,7 @@ def engine() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Hide that torch will drop quantized tensors and TorchScript: this release has both."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*deprecated")
+        warnings.filterwarnings("ignore", message=r".*(quantized tensor|torch\.jit\.).*deprecated")
         yield
 
 

@@ -32,8 +32,10 @@ from mpq.nn.batches import Batch, call
 from mpq.nn.calibrate import output_ranges
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import IntegerWeight, WeightQuantizer, fake_quantize_activation
+from mpq.nn.weights import weight_of
 
 _RUNTIME = "torch"
+_OUTSIDE = "read outside of its layers too, where no kernel can take its place: pin it to fp32"
 
 
 @dataclass(frozen=True)
@@ -239,18 +241,24 @@ class _Kernel(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):
-            raise InvalidInputError(
-                "no_node",
-                f"the {name} of layer {self._name!r} is read outside of its layers too, where no "
-                "kernel can take its place: pin it to fp32",
-            )
+            raise InvalidInputError("no_node", f"the {name} of layer {self._name!r} is {_OUTSIDE}")
         return super().__getattr__(name)
 
 
 @contextmanager
 def _replaced(served: Served, kernels: Mapping[LayerName, nn.Module]) -> Iterator[None]:
-    """Put kernels in the place of layers, wherever those are."""
-    others = {id(served.model.get_submodule(name)): made for name, made in kernels.items()}
+    """Put kernels in the place of layers, wherever those are.
+
+    Raises InvalidInputError (`no_node`) where another module has a weight that is replaced.
+    """
+    layers = {name: served.model.get_submodule(name) for name in kernels}
+    others = {id(layers[name]): kernel for name, kernel in kernels.items()}
+    weights = {id(weight_of(module)): name for name, module in layers.items()}
+    for module in served.modules():
+        for parameter in module._parameters.values():
+            if id(module) not in others and id(parameter) in weights:
+                name = weights[id(parameter)]
+                raise InvalidInputError("no_node", f"the weight of layer {name!r} is {_OUTSIDE}")
     with ExitStack() as restore:
         for module in list(served.modules()):
             for key, child in list(module._modules.items()):
