@@ -2,11 +2,12 @@
 
 Random mixes of the formats that this machine's kernels run, of MiniLM at 16 and 128 tokens and of
 two ResNets: the seconds that the table predicts beside those of the really quantized network in
-ONNX Runtime (one thread, processor time, taking turns with the fp32 network). Then latency budgets
-on MiniLM: does the deployed network meet them? Which layer gives way first is decided by made-up
-scores, 4^-bits for each weight; they do not matter here.
+ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). Then latency
+budgets on MiniLM: does the deployed network meet them? Which layer gives way first is decided by
+made-up scores, 4^-bits for each weight; they do not matter here.
 
-    python benchmarks/latency.py [--mixes 15] [--budgets 10] [--seconds 60] [--only resnet20]
+    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--budgets 10] [--seconds 60]
+                                 [--only resnet20]
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ import torch
 from torch import nn
 
 from examples import digits_resnet20, minilm
+from hw_cost_models import LOCAL, get_kernels
 from hw_cost_models.latency import MeasuredLatency
-from hw_cost_models.measured.capability import default_schemes
 from mpq.core.constraints import Constraint
 from mpq.core.latency import KernelLatency
+from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.tables import Cells, CostTable, SensitivityTable
-from mpq.deploy.marked import feeds
-from mpq.deploy.network import OnnxNetwork
-from mpq.deploy.onnxruntime import Session, network_case, time_networks
+from mpq.deploy.target import TARGETS, Exported, Loaded, Target, get_target
+from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import WholeNetwork, random_mixes, with_whole
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
@@ -85,7 +86,10 @@ TOGETHER = 5  # networks that take turns, which bounds their memory
 class Bench:
     """A network whose latency is known cell by cell."""
 
-    network: OnnxNetwork
+    target: Target
+    network: Exported
+    graph: LayerGraph
+    sample: Any
     calibration: Sequence[Any]
     cells: Cells
     table: CostTable
@@ -99,47 +103,53 @@ class Bench:
     ) -> list[tuple[KernelLatency, KernelLatency]]:
         """Return the time of each network and that of the fp32 one beside it."""
         found = []
-        units = self.network.graph.units
+        units = self.graph.units
         for start in range(0, len(allocations), TOGETHER):
-            sessions = [Session(self.network.fp32)]
+            networks: list[Loaded] = [self.network.fp32]
             for allocation in allocations[start : start + TOGETHER]:
                 schemes = {layer: allocation[unit.name] for unit in units for layer in unit.layers}
-                mixed, _ = self.network.mixed(schemes, WeightQuantizer(), self.calibration)
-                sessions.append(Session(mixed))
+                mixed = self.network.mixed(schemes, WeightQuantizer(), self.calibration)
+                networks.append(mixed)
             fp32, *mixes = time_networks(
-                sessions,
-                [network_case(str(i), "") for i in range(len(sessions))],
-                feeds(self.network.model, self.network.sample),
-                [0] * len(sessions),
-                seconds=seconds * len(sessions) / (len(allocations) + 1),
+                self.target,
+                {network_case(self.target, str(i), ""): one for i, one in enumerate(networks)},
+                self.sample,
+                [0] * len(networks),
+                seconds=seconds * len(networks) / (len(allocations) + 1),
             )
             found += [(one, fp32) for one in mixes]
         return found
 
 
 def bench(
-    model: nn.Module, sample: Any, calibration: Sequence[Any], seconds: float, store: Store
+    backend: str,
+    model: nn.Module,
+    sample: Any,
+    calibration: Sequence[Any],
+    seconds: float,
+    store: Store,
 ) -> Bench:
     graph = with_input_ranges(model, build_graph(model, sample), calibration)
-    layers = graph.by_name
+    layers, hardware = graph.by_name, f"{LOCAL}:{backend}"
+    kernels, target = get_kernels(hardware), get_target(backend)
     cells = Cells(
         units=tuple(unit.name for unit in graph.units),
-        schemes=tuple(default_schemes(layers[unit.layers[0]]) for unit in graph.units),
+        schemes=tuple(tuple(kernels.schemes(layers[unit.layers[0]])) for unit in graph.units),
     )
-    latency = MeasuredLatency(budget_s=seconds)
+    latency = MeasuredLatency(hardware=hardware, budget_s=seconds)
     table = latency.table(graph, cells)
     network = WholeNetwork(
+        target=target,
         model=model,
         graph=graph,
         sample=sample,
         calibration=calibration,
         store=store,
-        device=latency.device,
         seconds=seconds / 4,
     )
     table = with_whole(table, latency.parts(graph, cells), network)
     print(f"  {table.provenance.rpartition('fp32, ')[2]}; {len(table.joint or ())} joint terms")
-    return Bench(network.exported, calibration, cells, table)
+    return Bench(target, network.exported, graph, sample, calibration, cells, table)
 
 
 def print_mixes(of: Bench, count: int, seconds: float) -> None:
@@ -167,7 +177,7 @@ def print_mixes(of: Bench, count: int, seconds: float) -> None:
 
 
 def print_budgets(of: Bench, count: int, seconds: float) -> None:
-    graph = of.network.graph
+    graph = of.graph
     weights = {u.name: sum(graph.by_name[n].num_weights for n in u.layers) for u in graph.units}
     scores = np.array([weights[unit] * 4.0**-s.weights.bits for unit, s in of.cells])
     table = of.table
@@ -205,6 +215,7 @@ def print_budgets(of: Bench, count: int, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=sorted(TARGETS), default="onnxruntime")
     parser.add_argument("--mixes", type=int, default=15)
     parser.add_argument("--budgets", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a table or the mixes")
@@ -225,8 +236,8 @@ def main() -> None:
         for name, (make_model, sample, calibration) in cases.items():
             if given.only and given.only not in name:
                 continue
-            print(f"{name}: {given.mixes} random mixes")
-            of = bench(make_model(), sample, calibration[:2], given.seconds, store)
+            print(f"{name}, {given.backend}: {given.mixes} random mixes")
+            of = bench(given.backend, make_model(), sample, calibration[:2], given.seconds, store)
             print_mixes(of, given.mixes, given.seconds)
             if name == "minilm, 16 tokens" and given.budgets:
                 print_budgets(of, given.budgets, given.seconds)

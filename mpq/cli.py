@@ -151,8 +151,10 @@ def deploy_run(
         str | None,
         typer.Argument(help="Entry point or directory (default: the run's)."),
     ] = None,
-    to: Annotated[str, typer.Option(help="The runtime: onnxruntime.")] = "onnxruntime",
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
+    to: Annotated[str, typer.Option(help="The runtime: onnxruntime or torch_cpu.")] = "onnxruntime",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write (default: model.onnx or model.pt).")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Entry point of batches (default: the run's).")
     ] = None,
@@ -173,7 +175,8 @@ def deploy_run(
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
         given = {"model": model, "calibration": calibration, "sample": sample}
-        made = result.deploy(to, out, seconds=seconds, **given)
+        path = out or Path("model.onnx" if to == "onnxruntime" else "model.pt")
+        made = result.deploy(to, path, seconds=seconds, **given)
         typer.echo(json.dumps(made.view(), indent=2) if as_json else "\n".join(made.lines()))
 
 

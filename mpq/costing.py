@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hw_cost_models import COST_MODELS, LOCAL, get_cost_model, get_hardware, get_kernels, is_local
+from hw_cost_models import COST_MODELS, get_cost_model, get_hardware, get_kernels, is_local
 from hw_cost_models.latency import MeasuredLatency
 from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
@@ -155,19 +155,21 @@ class Hardware:
         table = tables.get("latency")
         if table is None or table.provenance != f"measured on {self.device}":
             return {}
-        if self._hardware not in (LOCAL, f"{LOCAL}:{BACKEND}"):
-            log("latency", f"of the searched layers only: {self._hardware} times no whole network")
-            return {}
+        from mpq.deploy.target import TARGETS, get_target
         from mpq.deploy.whole import WholeNetwork, with_whole
 
+        target = self._hardware.partition(":")[2] or BACKEND
+        if target not in TARGETS:
+            log("latency", f"of the searched layers only: {self._hardware} times no whole network")
+            return {}
         assert self._measured is not None
         network = WholeNetwork(
+            target=get_target(target),
             model=workload.model,
             graph=workload.graph,
             sample=sample,
             calibration=workload.calibration,
             store=self._store,
-            device=self.device,
             seconds=self._seconds / 4,
             seed=self._seed,
         )

@@ -311,8 +311,10 @@ class SearchResult:
         sample: Any = None,
         seconds: float = 10.0,
     ) -> Deployment:
-        """Write the network for "onnxruntime", each layer run by the kernel of its scheme.
+        """Write the network for a runtime, each layer run by the kernel of its scheme.
 
+        Targets are "onnxruntime" (an ONNX file) and "torch_cpu" (a TorchScript file, which
+        `torch.jit.load` reads without this library, for inputs in the order of the sample).
         What was not an entry point of the run has to be passed: the model, and the calibration
         batches or the sample. The outputs are compared with those of the fake-quantized network
         and the model is timed beside its fp32 form; the record is kept with the run.

@@ -468,3 +468,18 @@ def slow_corrected_totals(
         + sum(z[i] * effect[r] * scale for i, (effect, scale) in enumerate(priors))
         for r in range(len(parts))
     ]
+
+
+def slow_torchscript_weight(kernel: Any) -> np.ndarray:
+    """Return the weight that a loaded module of a torch kernel stores, code by code."""
+    state = kernel._c._get_method("__getstate__")()
+    stored = state[0] if isinstance(state[0], tuple) else state
+    if stored[0].dtype == torch.float16:
+        return stored[0].float().numpy()
+    codes, scales = (part.numpy() for part in stored[:2])
+    assert (codes.dtype, scales.dtype) == (np.int8, np.float16)
+    weight = np.empty(codes.shape, np.float32)
+    for place in np.ndindex(codes.shape):
+        scale = np.float32(scales[place[0] if len(scales) > 1 else 0])
+        weight[place] = np.float32(int(codes[place])) * scale
+    return weight

@@ -19,12 +19,13 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme, parse_scheme
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.tables import Cells
-from mpq.deploy.marked import export_marked, feeds
+from mpq.deploy.marked import export_marked
 from mpq.deploy.network import OnnxNetwork, relative
 from mpq.deploy.onnx_model import stored_bytes
 from mpq.deploy.onnxruntime import Session
 from mpq.deploy.placed import Placed, markable
 from mpq.deploy.rounding import as_kernels
+from mpq.deploy.served import feeds
 from mpq.nn.batches import call, cut
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
@@ -53,10 +54,10 @@ def deployed(
     return network, serialized, placed, quantizer
 
 
-def every_layer(graph: LayerGraph, text: str) -> dict[LayerName, Scheme]:
+def every_layer(graph: LayerGraph, text: str, runs: Any = kernel_for) -> dict[LayerName, Scheme]:
     wanted, layers = parse_scheme(text), graph.by_name
     return {
-        name: wanted if kernel_for(layers[name], wanted) else Scheme(FP32)
+        name: wanted if runs(layers[name], wanted) else Scheme(FP32)
         for unit in graph.units
         for name in unit.layers
     }

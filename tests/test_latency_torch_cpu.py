@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +16,17 @@ from hw_cost_models import get_cost_model, get_kernels, is_local
 from hw_cost_models.latency import MeasuredLatency
 from hw_cost_models.measured import torch_cpu
 from hw_cost_models.measured.protocol import Stopwatch
-from hw_cost_models.measured.torch_cpu import TorchCpu, kernel_for, make_kernel, why_not
+from hw_cost_models.measured.torch_capability import kernel_for, saturates, why_not
+from hw_cost_models.measured.torch_cpu import TorchCpu, _Turn
+from hw_cost_models.measured.torch_kernels import make_kernel, packed_kernel
+from hw_cost_models.measured.torch_modules import Steps, quiet
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_scheme
 from mpq.core.latency import KernelLatency
+from mpq.core.layers import Convolution, Layer
 from mpq.core.tables import Cells
 from mpq.nn.graph import build_graph
+from mpq.nn.quantizers import fake_quantize_activation
 from tests.test_latency_kernels import (
     CONVS,
     LINEAR,
@@ -74,6 +82,138 @@ def test_half_weights_meet_fp32_activations() -> None:
     assert worst(found, (x @ weight.T).numpy()) > 1e-5
 
 
+STATIC = {name: layer for name, layer in CONVS.items() if layer.kind != "conv_transpose2d"}
+STATIC["ends"] = replace(
+    layer_of("conv2d", (8, 4, 4, 4), (2, 4, 10, 10), padding=2),
+    convolution=Convolution(
+        kernel=(4, 4), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_end=(2, 2)
+    ),
+)
+LIMITS = (-3.0, 4.0), (-30.0, 20.0)
+VNNI = not saturates(CONVS["plain"])
+EIGHT = "int8:int8" if VNNI else "int8:int7"
+
+
+def integer_convolution(
+    layer: Layer, text: str, codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor
+) -> np.ndarray:
+    """The definition in float64: codes of the input times codes of the weight, rounded again."""
+    scheme, conv = parse_scheme(text), layer.convolution
+    assert conv is not None
+    low, high = LIMITS[0]
+    top = 2**scheme.activations.bits - 1
+    scale, zero = (high - low) / top, np.rint(-low / ((high - low) / top))
+    if scheme.activations.symmetric:
+        scale, zero = max(-low, high) / (top // 2), (top + 1) // 2
+    seen = np.clip(np.rint(x.double().numpy() / scale) + zero, 0, top) - zero
+    ends = conv.padding_end or conv.padding
+    sides = [
+        side for pair in zip(reversed(conv.padding), reversed(ends), strict=True) for side in pair
+    ]
+    padded = torch.nn.functional.pad(torch.from_numpy(seen), sides)
+    function = torch.nn.functional.conv1d if len(conv.kernel) == 1 else torch.nn.functional.conv2d
+    spans = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    sums = function(padded, codes.double(), **spans).numpy() * scale
+    channels = (-1,) + (1,) * len(conv.kernel)
+    product = sums * scales.double().numpy().reshape(channels)
+    low, high = LIMITS[1]
+    step = (high - low) / 255
+    zero = np.rint(-low / step)
+    return (np.clip(np.rint(product / step) + zero, 0, 255) - zero) * step
+
+
+@pytest.mark.parametrize(
+    "text", ["int8:int7", "int8t:int7", "int8:int7s", "int8:int8", "int8:int8s"]
+)
+@pytest.mark.parametrize("name", STATIC)
+def test_static_convolutions_are_those_of_integers(name: str, text: str) -> None:
+    """Equal but where a sum is in the middle of two output codes; some inputs are clipped."""
+    layer, scheme = STATIC[name], parse_scheme(text)
+    if why_not(layer, scheme):
+        pytest.skip("saturates on this processor")
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(-128, 128, layer.weight_shape, generator=generator, dtype=torch.int8)
+    scales = torch.rand(1 if "t" in text[4] else len(codes), generator=generator) / 256
+    x = 2 * gaussian(*layer.input_shape)
+    kernel = packed_kernel(layer, scheme, codes, scales, limits=LIMITS)
+    found = kernel(x)
+    assert found.is_contiguous()
+    expected = integer_convolution(layer, text, codes, scales, x)
+    step = (LIMITS[1][1] - LIMITS[1][0]) / 255
+    off = np.abs(found.numpy() - expected)
+    assert off.max() < 1.01 * step
+    assert (off > 0.01 * step).mean() < 0.01
+
+
+def test_a_bias_is_added_before_the_output_is_rounded() -> None:
+    layer, bias = CONVS["plain"], torch.linspace(-4, 4, 16)
+    codes, scales = torch.zeros(layer.weight_shape, dtype=torch.int8), torch.ones(16)
+    kernel = packed_kernel(layer, INT7, codes, scales, bias, LIMITS)
+    found = kernel(gaussian(*layer.input_shape))
+    step = (LIMITS[1][1] - LIMITS[1][0]) / 255
+    assert float((found[0, :, 0, 0] - bias).abs().max()) <= step / 2 + 1e-5
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_steps_are_those_of_the_search(bits: int, symmetric: bool) -> None:
+    fmt = replace(parse_scheme("int8:int8").activations, bits=bits, symmetric=symmetric)
+    x = 3 * gaussian(1000)
+    for limits in ((-1.0, 2.0), (0.0, 3.0), (-2.5, 0.0), (0.0, 0.0)):
+        steps = Steps.over(limits, fmt)
+        codes = np.clip(np.rint(x.numpy() / np.float32(steps.scale)) + steps.zero, 0, steps.top)
+        found = (codes - steps.zero) * np.float32(steps.scale)
+        assert np.allclose(found, fake_quantize_activation(x, fmt, limits), atol=1e-6), limits
+
+
+SATURATING = """
+import os, sys
+import hw_cost_models.measured.torch_modules as modules, torch
+modules.ENGINE = "fbgemm"
+import hw_cost_models.measured.torch_capability as capability
+capability.ENGINE = "fbgemm"
+from mpq.core.formats import parse_scheme
+from tests.test_latency_kernels import CONVS
+layer = CONVS[sys.argv[1]]
+print(capability.saturates(layer))
+print([str(scheme) for scheme in capability.default_schemes(layer)])
+print(capability.why_not(layer, parse_scheme("int8:int8")))
+"""
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM")
+@pytest.mark.parametrize("name", ["plain", "stride", "depthwise", "sequence"])
+def test_a_processor_that_saturates_is_found_out_and_gets_seven_bits(name: str) -> None:
+    """FBGEMM told to do without VNNI is what torch runs on a processor that has none."""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SATURATING, name],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"},
+    )
+    saturated, offered, reason = found.stdout.strip().splitlines()
+    assert (saturated, offered) == ("True", "['fp32', 'int8:int7']")
+    assert "overflows on this processor" in reason
+    assert reason.endswith("write int8:int7")
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_what_is_taken_never_saturates(name: str) -> None:
+    """The largest activations and weights: every sum is right, whichever instructions run it."""
+    layer = STATIC[name]
+    for text in ("int8:int7", "int8:int8"):
+        scheme = parse_scheme(text)
+        if why_not(layer, scheme):
+            continue
+        codes = torch.full(layer.weight_shape, 127, dtype=torch.int8)
+        full = 127 * float(np.prod(layer.weight_shape[1:]))  # activations of 1
+        limits = (0.0, 1.0), (0.0, full)
+        kernel = packed_kernel(layer, scheme, codes, torch.ones(len(codes)), limits=limits)
+        found = kernel(torch.ones(layer.input_shape))
+        assert float(found.max()) == pytest.approx(full, rel=0.01)
+
+
 @pytest.mark.parametrize("name", CONVS)
 def test_fp32_convolutions(name: str) -> None:
     layer = CONVS[name]
@@ -103,12 +243,16 @@ NO_KERNEL = {
     ("linear", "int4g64"): "torch._weight_int4pack_mm_for_cpu and torch._dyn_quant_matmul_4bit are",
     ("linear", "int2g32"): "no kernel of torch here quantizes the weights of linear so",
     ("linear", "int8:int8s"): "torch._int_mm quantizes no activations and is a reference loop",
-    ("linear", "int4:int8"): "8-bit weights; use int8:int7",
-    ("linear", "int8:int4"): "8-bit weights; use int8:int7",
-    ("linear", "fp32:int8"): "8-bit weights; use int8:int7",
+    ("linear", "int4:int8"): "8-bit weights and 7- or 8-bit activations; use int8:int7",
+    ("linear", "int8:int4"): "8-bit weights and 7- or 8-bit activations; use int8:int7",
+    ("linear", "fp32:int8"): "8-bit weights and 7- or 8-bit activations; use int8:int7",
     ("linear", "int8g64:int8"): "one scale per channel or tensor",
     ("linear", "int8a:int8"): "symmetric weights",
-    ("conv2d", "int8:int8"): "runs in fp32 here; local has integer convolutions",
+    ("conv2d", "int4:int8"): "quantized::conv2d takes 8-bit weights and 7- or 8-bit activations",
+    ("conv2d", "int8g4:int7"): "one scale per channel or tensor",
+    ("conv2d", "int8a:int7"): "quantized::conv2d takes symmetric weights",
+    ("conv_transpose2d", "int8:int7"): "no integer kernel of torch here for conv_transpose2d",
+    ("embedding", "int8:int7"): "no integer kernel of torch here for embedding",
     ("conv2d", "fp16"): "torch.nn.functional.conv2d in fp16 rounds activations too",
     ("conv2d", "int8"): "quantizes the weights of conv2d so",
     ("embedding", "int8g64"): "quantizes the weights of embedding so",
@@ -130,7 +274,7 @@ def test_what_is_offered_has_kernels() -> None:
     offered = {kind: [str(s) for s in backend.schemes(layer)] for kind, layer in OF_KIND.items()}
     assert offered == {
         "linear": ["fp32", "fp16", "int8:int7"],
-        "conv2d": ["fp32"],
+        "conv2d": ["fp32", EIGHT],
         "conv_transpose2d": ["fp32"],
         "embedding": ["fp32"],
     }
@@ -153,15 +297,20 @@ def test_an_op_rotates_over_the_weights_of_a_network(
 def test_a_run_calls_every_copy_once_a_turn_with_its_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called: list[tuple[int, int]] = []
+    class Recorded(torch.nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.number = len(made)
+            made.append(weight)
 
-    def recorded(layer: Any, scheme: Any, weight: torch.Tensor) -> Any:
-        number = len(made)
-        made.append(weight.clone())
-        return lambda x: called.append((number, torch.get_num_threads()))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append((self.number, torch.get_num_threads()))
+            return x
 
     made: list[torch.Tensor] = []
-    monkeypatch.setattr(torch_cpu, "make_kernel", recorded)
+    called: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch_cpu, "make_kernel", lambda layer, scheme, weight: Recorded(weight))
+    monkeypatch.setattr(torch.jit, "script", lambda module: module)
     before = torch.get_num_threads()
     op = TorchCpu(num_threads=before + 1, network_weights=2**20).op(LINEAR, FP32)
     for _ in range(op.rotation):
@@ -169,6 +318,21 @@ def test_a_run_calls_every_copy_once_a_turn_with_its_threads(
     assert sorted(called) == [(i, before + 1) for i in range(op.runs * op.rotation)]
     assert torch.get_num_threads() == before
     assert not any(torch.equal(made[0], other) for other in made[1:])
+
+
+def test_no_kernel_of_a_run_is_dropped_as_unused() -> None:
+    """TorchScript drops what nobody reads."""
+    x = torch.randn(64, 256)
+    for scheme in (FP32, INT7):
+        weights = [gaussian(96, 256).roll(i) for i in range(3)]
+        with quiet():
+            turn = torch.jit.script(_Turn([make_kernel(LINEAR, scheme, w) for w in weights]))
+        with torch.inference_mode():
+            for _ in range(3):
+                turn(x)
+            operators = [node.kind() for node in turn.graph_for(x).nodes()]
+        assert int(turn(x)) == 3 * 64 * 96
+        assert sum(kind in ("aten::linear", "quantized::linear_dynamic") for kind in operators) == 3
 
 
 def test_torch_is_left_as_it_was_and_says_nothing() -> None:
@@ -191,7 +355,7 @@ def test_torch_is_left_as_it_was_and_says_nothing() -> None:
 
 def test_the_device_tells_library_version_and_engine() -> None:
     one, two = TorchCpu(num_threads=1), TorchCpu(num_threads=2)
-    assert f"torch {torch.__version__} engine x86, 1 thread" in one.device
+    assert f"torch {torch.__version__} engine x86 in TorchScript, 1 thread" in one.device
     assert len({one.device, two.device, get_kernels("local").device}) == 3
     with pytest.raises(InvalidInputError, match="threads are counted from 1"):
         TorchCpu(num_threads=0)
@@ -226,8 +390,8 @@ def test_a_table_of_its_own_kernels_and_device() -> None:
     assert {case.backend for case in model.latencies} == {"torch_cpu"}
     known = model.latencies
     assert MeasuredLatency(stopwatch=CountingStopwatch(), known=known).latencies == {}
-    cells = Cells(units=("mixed",), schemes=((INT7,),))
-    with pytest.raises(InvalidInputError, match="conv2d runs in fp32 here"):
+    cells = Cells(units=("mixed",), schemes=((parse_scheme("int8"),),))
+    with pytest.raises(InvalidInputError, match="_weight_int8pack_mm is a reference"):
         model.table(network(), cells)
 
 

@@ -16,13 +16,14 @@ from hw_cost_models.measured.backend import REFERENCE, NetworkSize, checked_thre
 from hw_cost_models.measured.capability import linear_rows, shape_text
 from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.protocol import Op
-from hw_cost_models.measured.torch_cpu import Kernel, kernel_input, native_kernel
+from hw_cost_models.measured.torch_kernels import kernel_input, native_module
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, PerGroup, Scheme, parse_scheme
 from mpq.core.latency import KernelCase
 from mpq.core.layers import Layer
 
 BACKEND = "cuda"
+Kernel = Callable[[torch.Tensor], torch.Tensor]
 _DEFAULT = {"linear": ("fp32", "bf16", "int8:int8s", "int4g128a", "int4g32a")}
 _KINDS = ("linear", "embedding", "conv1d", "conv2d", "conv_transpose2d")
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -200,7 +201,7 @@ def make_kernel(layer: Layer, scheme: Scheme, weight: torch.Tensor) -> Kernel:
     `scheme` must have a kernel; the weight is where the kernel shall run.
     """
     if scheme == Scheme(FP32):
-        return native_kernel(layer, weight.clone())
+        return native_module(layer, weight.clone())
     if scheme.is_native:
         dtype = _HALVES[scheme.weights.family]
         half = weight.to(dtype)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from mpq.core.deployment import Deployment
-from mpq.core.errors import InvalidInputError, RunFailedError, unknown
-from mpq.core.formats import Scheme
+from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.latency import REST_INCLUDED, KernelLatency
-from mpq.core.layers import LayerGraph, LayerName
-from mpq.deploy.marked import feeds
-from mpq.deploy.network import OnnxNetwork, relative
-from mpq.deploy.onnx_model import stored_bytes
-from mpq.deploy.onnxruntime import Session, network_case, time_networks
-from mpq.deploy.placed import Placed
-from mpq.deploy.rounding import as_kernels
+from mpq.core.layers import LayerGraph
+from mpq.deploy.network import relative
+from mpq.deploy.target import Array, Target, Written, get_target
+from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
 from mpq.nn.batches import Batch, call, check_batches, cut, describe
-from mpq.nn.patch import evaluating
+from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 from mpq.report import check_writable
@@ -34,7 +31,6 @@ from mpq.report import check_writable
 if TYPE_CHECKING:
     from mpq.result import SearchResult
 
-TARGETS = ("onnxruntime",)
 _COMPARED = 16  # batches of the sample's shape
 _EXPLAINED = 1e-3  # relative; chance decides how a number in the middle of two codes is rounded
 _LIVE = "<live "  # how a job tells of an object that was passed as it is
@@ -72,23 +68,26 @@ def deploy(
     what is missing, another model than the searched one, or a layer without a kernel;
     RunFailedError where the runtime computes something else than the formats ask for.
     """
-    if target not in TARGETS:
-        raise unknown("target", target, TARGETS)
+    runtime = get_target(target)
     check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
     schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
-    exported = OnnxNetwork.export(network.model, result.graph, network.sample)
-    serialized, placed = exported.mixed(schemes, quantizer, network.calibration)
-    session, whole = Session(serialized), Session(exported.fp32)
-    differences = _differences(network, exported, session, placed, schemes, quantizer)
+    exported = runtime.export(network.model, result.graph, network.sample)
+    written = exported.mixed(schemes, quantizer, network.calibration)
+    searched = partial(quantized, schemes=schemes, quantizer=quantizer)
+    outputs = _outputs(network, written, partial(searched, limits=result.graph.input_ranges))
+    differences = _differences(outputs, runtime)
     path = Path(path)
-    path.write_bytes(serialized)
+    path.write_bytes(written.serialized)
     shape = describe(network.sample)
     mixed, fp32 = time_networks(
-        [session, whole],
-        [network_case("mixed", shape), network_case("fp32", shape)],
-        feeds(network.model, network.sample),
+        runtime,
+        {
+            network_case(runtime, "mixed", shape): written,
+            network_case(runtime, "fp32", shape): exported.fp32,
+        },
+        network.sample,
         [read_bytes(result.graph, schemes), read_bytes(result.graph, {})],
         seconds=seconds,
         seed=spec.seed,
@@ -98,7 +97,7 @@ def deploy(
         target=target,
         path=str(path),
         file_bytes=path.stat().st_size,
-        stored_bytes=stored_bytes(serialized),
+        stored_bytes=written.stored_bytes,
         predicted_bytes=None if memory is None else round(memory),
         **differences,
         device=mixed.device,
@@ -109,7 +108,7 @@ def deploy(
         fp32_low_s=fp32.low_s,
         fp32_high_s=fp32.high_s,
         predicted_s=_predicted_s(result, shape, fp32),
-        any_batch=exported.marked.any_batch,
+        any_batch=exported.any_batch,
     )
     result.store.put_deployment(result.run_id, deployment)
     return deployment
@@ -156,45 +155,43 @@ def _check_searched(model: nn.Module, graph: LayerGraph) -> None:
                 )
 
 
-def _differences(
+def _outputs(
     network: _Network,
-    exported: OnnxNetwork,
-    session: Session,
-    placed: Mapping[LayerName, Placed],
-    schemes: Mapping[LayerName, Scheme],
-    quantizer: WeightQuantizer,
-) -> dict[str, Any]:
-    """Compare the runtime's outputs with torch's, in every sense that a Deployment tells."""
-    outputs: dict[str, list[npt.NDArray[np.float32]]] = {}
+    written: Written,
+    searched: Callable[[nn.Module], AbstractContextManager[nn.Module]],
+) -> dict[str, Array]:
+    """Return what the runtime computes, and torch in every sense that a Deployment tells."""
+    model = network.model
+    outputs: dict[str, list[Array]] = {}
     for batch in network.compared():
-        with evaluating(network.model), torch.no_grad():
-            original = call(network.model, batch).numpy()
-            with as_kernels(network.model, placed, quantizer):
-                rounded = call(network.model, batch).numpy()
-        found = {
-            "runtime": session.output(feeds(network.model, batch)),
-            "searched": exported.fake_quantized_output(schemes, quantizer, batch),
-            "rounded": rounded,
-            "original": original,
-        }
+        found = {"runtime": written.output(batch)}
+        with evaluating(model), torch.no_grad():
+            found["original"] = call(model, batch).numpy()
+            with written.as_kernels():
+                found["rounded"] = call(model, batch).numpy()
+            with searched(model):
+                found["searched"] = call(model, batch).numpy()
         for name, output in found.items():
             outputs.setdefault(name, []).append(output)
-    joined = {name: np.concatenate(parts) for name, parts in outputs.items()}
-    unexplained = relative(joined["runtime"], joined["rounded"])
-    rounding = relative(joined["rounded"], joined["searched"])
-    quantization = relative(joined["searched"], joined["original"])
+    return {name: np.concatenate(parts) for name, parts in outputs.items()}
+
+
+def _differences(outputs: Mapping[str, Array], runtime: Target) -> dict[str, Any]:
+    unexplained = relative(outputs["runtime"], outputs["rounded"])
+    rounding = relative(outputs["rounded"], outputs["searched"])
+    quantization = relative(outputs["searched"], outputs["original"])
     # Another network is far off; this one by a value here and there that falls to the neighbouring
     # code of an 8-bit activation and spreads, which is a part of what quantizing them costs.
     if not unexplained <= rounding + quantization + _EXPLAINED:
         raise RunFailedError(
             "not_the_network",
-            f"ONNX Runtime's outputs differ from those that the formats give by {unexplained:.2g}, "
-            f"more than its kernels' own rounding ({rounding:.2g}) and quantizing ("
-            f"{quantization:.2g}) explain",
+            f"{runtime.title}'s outputs differ from those that the formats give by "
+            f"{unexplained:.2g}, more than its kernels' own rounding ({rounding:.2g}) and "
+            f"quantizing ({quantization:.2g}) explain",
         )
     return {
-        "samples": len(joined["runtime"]),
-        "difference": relative(joined["runtime"], joined["searched"]),
+        "samples": len(outputs["runtime"]),
+        "difference": relative(outputs["runtime"], outputs["searched"]),
         "rounding": rounding,
         "unexplained": unexplained,
         "quantization": quantization,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
-from mpq.nn.batches import Batch, arguments, call, num_samples
+from mpq.deploy.served import Served
+from mpq.nn.batches import Batch
 from mpq.nn.patch import evaluating
 
 DOMAIN, OPERATOR, ATTRIBUTE, OUTPUT = "mpq", "Layer", "layer", "output"
@@ -76,7 +77,7 @@ def export_marked(
     Raises InvalidInputError (`no_onnx`) where the exporter cannot, or (`no_node`) where a layer
     left no node.
     """
-    served = _Served(model, sample)
+    served = Served(model, sample)
     axes = {name: {0: "batch"} for name in served.batched} if any_batch else {}
     stream = io.BytesIO()
     with evaluating(model), torch.no_grad(), _marking(model, names) as called, _quiet():
@@ -103,41 +104,6 @@ def export_marked(
             "no_node", f"layer {missing[0]!r} is not called on the sample: it has no ONNX node"
         )
     return MarkedGraph(serialized=stream.getvalue(), any_batch=bool(axes))
-
-
-def feeds(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Return the batch as the model's inputs, arrays by name."""
-    served = _Served(model, batch)
-    return {
-        name: tensor.detach().contiguous().numpy()
-        for name, tensor in zip(served.names, served.tensors, strict=True)
-    }
-
-
-class _Served(nn.Module):
-    """The network as a function of tensors, in the order of the batch, to its one output."""
-
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        super().__init__()
-        self.model = model
-        self._args, self._keywords = arguments(model, batch)
-        positional = {f"input{i}" if i else "input": a for i, a in enumerate(self._args)}
-        given = {**positional, **self._keywords}
-        inputs = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-        self.names, self.tensors = tuple(inputs), tuple(inputs.values())
-        samples = num_samples(batch)
-        self.batched = [n for n, v in inputs.items() if v.ndim and v.shape[0] == samples]
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the output tensor, the given tensors in place of the batch's."""
-        left = iter(tensors)
-
-        def taken(value: Any) -> Any:
-            return next(left) if isinstance(value, torch.Tensor) else value
-
-        args = tuple(taken(value) for value in self._args)
-        keywords: Mapping[str, Any] = {key: taken(v) for key, v in self._keywords.items()}
-        return call(self.model, keywords if keywords else args)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +14,17 @@ from torch import nn
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import LayerGraph, LayerName
-from mpq.deploy.marked import MarkedGraph, export_marked, feeds
+from mpq.deploy.marked import MarkedGraph, export_marked
 from mpq.deploy.onnx_model import with_kernels
 from mpq.deploy.onnxruntime import Session
 from mpq.deploy.placed import Placed, markable, place, with_output_limits
+from mpq.deploy.served import feeds, of_another_size
 from mpq.deploy.tails import Tail, tails
-from mpq.nn.batches import Batch, call, cut, num_samples
+from mpq.nn.batches import Batch, call
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
 
-_FAITHFUL = 1e-3  # relative difference that rounding in another order may make in fp32
+FAITHFUL = 1e-3  # relative difference that rounding in another order may make in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,7 @@ class OnnxNetwork:
         """
         names = markable(model, graph)
         placed = place(model, graph, dict.fromkeys(names, Scheme(FP32)), WeightQuantizer())
-        total = num_samples(sample)
-        two = cut(sample, 0, 1) if total > 1 else _twice(sample)
+        other = of_another_size(sample)
         reason = ""
         for any_batch in (True, False):
             marked = export_marked(model, sample, names, any_batch=any_batch)
@@ -60,12 +59,12 @@ class OnnxNetwork:
                 session = Session(serialized)
                 differences = [
                     relative(session.output(feeds(model, batch)), _output(model, batch))
-                    for batch in ((sample, two) if any_batch else (sample,))
+                    for batch in ((sample, other) if any_batch else (sample,))
                 ]
             except Exception as error:  # ONNX Runtime has kinds of its own
                 reason = (str(error).strip().splitlines() or [repr(error)])[0]
                 continue
-            if max(differences) <= _FAITHFUL:
+            if max(differences) <= FAITHFUL:
                 return cls(
                     model=model,
                     graph=graph,
@@ -87,7 +86,7 @@ class OnnxNetwork:
 
         Ranges of the outputs of integer convolutions come from the calibration batches.
         """
-        placed = place(self.model, self.graph, schemes, quantizer, self.tails)
+        placed = place(self.model, self.graph, schemes, quantizer, tails=self.tails)
         with self._quantized(schemes, quantizer):
             placed = with_output_limits(self.model, placed, calibration)
         return with_kernels(self.marked, placed), placed
@@ -119,18 +118,6 @@ def _output(model: nn.Module, batch: Batch) -> npt.NDArray[np.float32]:
     with evaluating(model), torch.no_grad():
         array: npt.NDArray[np.float32] = call(model, batch).numpy()
         return array
-
-
-def _twice(batch: Batch) -> Batch:
-    def part(value: Any) -> Any:
-        is_samples = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1
-        return torch.cat([value, value]) if is_samples else value
-
-    if isinstance(batch, torch.Tensor):
-        return part(batch)
-    if isinstance(batch, Mapping):
-        return {key: part(value) for key, value in batch.items()}
-    return tuple(part(value) for value in batch)
 
 
 def relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

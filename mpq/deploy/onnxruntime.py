@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hw_cost_models.measured.bandwidth import bytes_per_second
-from hw_cost_models.measured.capability import BACKEND
-from hw_cost_models.measured.device import device_fingerprint
-from hw_cost_models.measured.onnxruntime import OnnxRuntime, session_options
-from hw_cost_models.measured.protocol import Op, Stopwatch
-from mpq.core.latency import KernelCase, KernelLatency
+from hw_cost_models.measured.onnxruntime import session_options
+from mpq.deploy.target import NUM_THREADS
 
-_NUM_THREADS = 1  # as kernels are timed
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
@@ -27,7 +21,7 @@ class Session:
         import onnxruntime as ort
 
         self._session = ort.InferenceSession(
-            serialized, session_options(_NUM_THREADS), providers=["CPUExecutionProvider"]
+            serialized, session_options(NUM_THREADS), providers=["CPUExecutionProvider"]
         )
         self._inputs = [given.name for given in self._session.get_inputs()]
 
@@ -50,34 +44,3 @@ class Session:
             self._session.run_with_iobinding(binding)
 
         return run
-
-
-def network_case(precision: str, shape: str) -> KernelCase:
-    """Return what is timed when a whole network is, on a sample that `shape` describes."""
-    return KernelCase(BACKEND, f"network {precision}", shape)
-
-
-def time_networks(
-    sessions: Sequence[Session],
-    cases: Sequence[KernelCase],
-    feeds: Feeds,
-    stored: Sequence[int],
-    *,
-    seconds: float,
-    seed: int = 0,
-    stopwatch: Stopwatch | None = None,
-) -> list[KernelLatency]:
-    """Time whole networks side by side, each beside the reference kernel, on one thread.
-
-    A network runs again and again, so that its weights are where a steady use finds them;
-    `stored` bytes tell what share of its time may wait for memory. The clock is the thread's
-    processor time: a network runs longer than a busy machine leaves a thread alone.
-    """
-    speed = bytes_per_second()
-    ops = [
-        Op(case, session.runner(feeds), read_s=size / speed)
-        for session, case, size in zip(sessions, cases, stored, strict=True)
-    ]
-    stopwatch = stopwatch or Stopwatch(budget_s=seconds, seed=seed, clock=time.thread_time_ns)
-    reference = OnnxRuntime(num_threads=_NUM_THREADS, seed=seed).reference()
-    return stopwatch.measure(ops, reference, device_fingerprint(_NUM_THREADS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hw_cost_models.measured.capability import kernel_for, why_no_kernel
+from hw_cost_models.measured.capability import why_no_kernel
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
@@ -22,6 +22,7 @@ from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 
 Limits = tuple[float, float]
+WhyNot = Callable[[Layer, Scheme], str]
 _NATIVE = Scheme(FP32)
 
 
@@ -62,12 +63,17 @@ def place(
     graph: LayerGraph,
     schemes: Mapping[LayerName, Scheme],
     quantizer: WeightQuantizer,
+    output_limits: Mapping[LayerName, Limits] | None = None,
+    *,
     tails: Mapping[LayerName, Tail] | None = None,
+    why_not: WhyNot = why_no_kernel,
+    runtime: str = "ONNX Runtime",
 ) -> dict[LayerName, Placed]:
-    """Return what each searched layer is deployed as, ranges of outputs aside.
+    """Return what each searched layer is deployed as, by a runtime whose kernels `why_not` tells.
 
-    A tail is taken where the kernel's integers hold it. Raises InvalidInputError (`no_kernel`)
-    naming the layer that no kernel runs in its scheme.
+    A tail is taken where the kernel's integers hold it. Raises InvalidInputError naming the layer
+    that no kernel runs in its scheme (`no_kernel`), or whose static range is missing (`no_range`);
+    `output_limits` of None are found afterwards.
     """
     nodes, layers = set(markable(model, graph)), graph.by_name
     parameters = dict(model.named_parameters())
@@ -77,8 +83,14 @@ def place(
         layer = layers[name]
         if name not in nodes and scheme.is_native:
             continue  # stays what the exporter makes of it
-        limits = graph.input_ranges.get(name)
-        _check(layer, scheme, name in nodes, limits)
+        limits = graph.input_ranges.get(name), (output_limits or {}).get(name)
+        reason = why_not(layer, scheme)
+        if name not in nodes:
+            reason = reason or f"{scheme}: no kernel pads otherwise than by zeros"
+        _check(layer, scheme, reason, runtime)
+        needed = (is_static, writes_codes)[: 1 if output_limits is None else 2]
+        if any(needs(layer, scheme) and limits[i] is None for i, needs in enumerate(needed)):
+            raise no_range(name, scheme)
         if layer.weight_id not in stored:
             weight = parameters[layer.weight_id].detach()
             stored[layer.weight_id] = (
@@ -92,7 +104,8 @@ def place(
             scheme=scheme,
             weight=stored[layer.weight_id],
             bias=None if bias is None else bias.detach().numpy(),
-            input_limits=limits,
+            input_limits=limits[0],
+            output_limits=limits[1],
         )
         tail = (tails or {}).get(name)
         placed[name] = replace(alone, tail=None if tail is None else _folded(tail, alone))
@@ -122,20 +135,17 @@ def static_step(limits: Limits, *, symmetric: bool) -> np.float32:
     return np.float32(max(step, np.float32(1e-12)))
 
 
-def _check(layer: Layer, scheme: Scheme, is_node: bool, limits: Limits | None) -> None:
+def _check(layer: Layer, scheme: Scheme, reason: str, runtime: str) -> None:
     if layer.native_family != "fp32":
         raise InvalidInputError(
             "no_kernel",
-            f"layer {layer.name!r} is in {layer.native_family}: ONNX Runtime computes in fp32 on "
+            f"layer {layer.name!r} is in {layer.native_family}: {runtime} computes in fp32 on "
             "this CPU, so deploy model.float()",
         )
-    if not is_node or kernel_for(layer, scheme) is None:
-        reason = why_no_kernel(layer, scheme) or f"{scheme}: no kernel pads otherwise than by zeros"
+    if reason:
         raise InvalidInputError(
             "no_kernel", f"layer {layer.name!r} cannot be deployed in {scheme}: {reason}"
         )
-    if is_static(layer, scheme) and limits is None:
-        raise no_range(layer.name, scheme)
 
 
 def no_range(layer: LayerName, scheme: Scheme) -> InvalidInputError:

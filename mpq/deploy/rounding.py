@@ -15,13 +15,21 @@ from mpq.deploy.placed import Placed, is_static, without_bias, writes_codes
 from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
 
+Rounding = Callable[[Placed], Callable[..., Any]]
+
 
 @contextmanager
 def as_kernels(
-    model: nn.Module, placed: Mapping[LayerName, Placed], quantizer: WeightQuantizer
+    model: nn.Module,
+    placed: Mapping[LayerName, Placed],
+    quantizer: WeightQuantizer,
+    *,
+    input_rounding: Rounding | None = None,
+    output_rounding: Rounding | None = None,
 ) -> Iterator[nn.Module]:
     """Run the model with its stored weights and every rounding of the deployed kernels.
 
+    Roundings make the hooks of a layer: those of ONNX Runtime where none are given.
     Beside `mpq.nn.patch.quantized`: MatMulNBits rounds its input to 8 bits, symmetric, in the
     blocks of its weights; DynamicQuantizeMatMul gives all samples of a batch one range;
     QLinearConv rounds what is behind its tail to 8 bits of a static range. A block x moves by at
@@ -33,10 +41,11 @@ def as_kernels(
         restore.enter_context(quantized(model, stored, quantizer=quantizer))
         for name, p in placed.items():
             module = model.get_submodule(name)
-            hook = module.register_forward_pre_hook(_input_rounding(p))
+            hook = module.register_forward_pre_hook((input_rounding or _input_rounding)(p))
             restore.callback(hook.remove)
             if writes_codes(p.layer, p.scheme):
-                restore.callback(module.register_forward_hook(_output_rounding(p)).remove)
+                output_hook = (output_rounding or _output_rounding)(p)
+                restore.callback(module.register_forward_hook(output_hook).remove)
         yield model
 
 

@@ -16,11 +16,9 @@ from mpq.core.latency import REST_INCLUDED, KernelCase, KernelLatency
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.tables import Cells, CostTable
-from mpq.deploy.marked import feeds
-from mpq.deploy.neighbours import neighbours
-from mpq.deploy.network import OnnxNetwork
-from mpq.deploy.onnxruntime import Session, network_case, time_networks
 from mpq.deploy.placed import is_static, writes_codes
+from mpq.deploy.target import Exported, Loaded, Target
+from mpq.deploy.timing import network_case, time_networks
 from mpq.nn.batches import Batch, cut, describe
 from mpq.nn.fingerprint import digest, model_digest
 from mpq.nn.quantizers import WeightQuantizer
@@ -82,26 +80,26 @@ def random_mixes(cells: Cells, count: int, rng: np.random.Generator) -> list[All
 
 @dataclass(frozen=True, kw_only=True)
 class WholeNetwork:
-    """A network of which mixes are timed on a device, each once; exported when it must be."""
+    """A network of which mixes are timed in a runtime, each once; exported when it must be."""
 
+    target: Target
     model: nn.Module
     graph: LayerGraph
     sample: Batch
     calibration: Sequence[Batch]
     store: Store
-    device: str
     seconds: float
     seed: int = 0
 
     @cached_property
-    def exported(self) -> OnnxNetwork:
-        """The network in ONNX Runtime."""
-        return OnnxNetwork.export(self.model, self.graph, self.sample)
+    def exported(self) -> Exported:
+        """The network as the runtime takes it."""
+        return self.target.export(self.model, self.graph, self.sample)
 
     def times(self, mixes: Sequence[Allocation | None]) -> list[KernelLatency]:
         """Return the time of each mix, None being the fp32 network: known, or measured and kept."""
         cases = [self._case(mix) for mix in mixes]
-        known = self.store.kernel_latencies(self.device)
+        known = self.store.kernel_latencies(self.target.device)
         missing = {c: m for c, m in zip(cases, mixes, strict=True) if c not in known}
         for latency in self._timed(missing, known.get(self._case(None))):
             known[latency.case] = latency
@@ -116,7 +114,8 @@ class WholeNetwork:
     def _case(self, mix: Allocation | None) -> KernelCase:
         shape = f"{describe(self.sample)} {self._key}"
         text = "" if mix is None else json.dumps(mix.text(), sort_keys=True)
-        return network_case("fp32" if mix is None else f"mix {digest(text)}", shape)
+        precision = "fp32" if mix is None else f"mix {digest(text)}"
+        return network_case(self.target, precision, shape)
 
     def _timed(
         self, mixes: Mapping[KernelCase, Allocation | None], fp32: KernelLatency | None
@@ -128,9 +127,9 @@ class WholeNetwork:
             group: dict[KernelCase, Allocation | None] = {self._case(None): None}
             group |= dict(wanted[start : start + _TOGETHER])
             took, *others = time_networks(
-                [self._session(mix) for mix in group.values()],
-                list(group),
-                feeds(self.model, self.sample),
+                self.target,
+                {case: self._loaded(mix) for case, mix in group.items()},
+                self.sample,
                 [self._read_bytes(mix) for mix in group.values()],
                 seconds=self.seconds * len(group) / (len(wanted) + 1),
                 seed=self.seed,
@@ -141,11 +140,11 @@ class WholeNetwork:
             found += [_scaled(one, fp32.median_s / took.median_s) for one in others]
         return found
 
-    def _session(self, mix: Allocation | None) -> Session:
+    def _loaded(self, mix: Allocation | None) -> Loaded:
         if mix is None:
-            return Session(self.exported.fp32)
+            return self.exported.fp32
         few = [cut(batch, 0, _CALIBRATION) for batch in self.calibration[:1]]
-        return Session(self.exported.mixed(self._schemes(mix), WeightQuantizer(), few)[0])
+        return self.exported.mixed(self._schemes(mix), WeightQuantizer(), few)
 
     def _schemes(self, mix: Allocation) -> Schemes:
         return {layer: mix[unit.name] for unit in self.graph.units for layer in unit.layers}
@@ -197,7 +196,7 @@ def _meeting(cells: Cells, network: WholeNetwork) -> list[tuple[int, int]]:
     of_layer = {layer: unit.name for unit in network.graph.units for layer in unit.layers}
     return [
         (one, other)
-        for a, b in neighbours(network.exported.marked)
+        for a, b in network.exported.neighbours()
         if of_layer[a] != of_layer[b]
         for one in writing[a]
         for other in reading[b]

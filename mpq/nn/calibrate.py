@@ -33,8 +33,22 @@ def with_input_ranges(
     return replace(graph, layers=tuple(layers))
 
 
-def _min_max(
+def output_ranges(
     model: nn.Module, names: Iterable[LayerName], batches: Sequence[Batch]
+) -> dict[LayerName, tuple[float, float]]:
+    """Return the smallest and largest output of layers; zero is always inside.
+
+    Costs one forward pass over the batches.
+    """
+    return _min_max(model, names, batches, of_outputs=True)
+
+
+def _min_max(
+    model: nn.Module,
+    names: Iterable[LayerName],
+    batches: Sequence[Batch],
+    *,
+    of_outputs: bool = False,
 ) -> dict[LayerName, tuple[float, float]]:
     limits: dict[LayerName, tuple[float, float]] = {}
     modules = dict(model.named_modules())
@@ -47,7 +61,15 @@ def _min_max(
         def observe_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             observe(name, args[0])
 
-        handle: RemovableHandle = modules[name].register_forward_pre_hook(observe_input)
+        def observe_output(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            observe(name, output)
+
+        module = modules[name]
+        handle: RemovableHandle = (
+            module.register_forward_hook(observe_output)
+            if of_outputs
+            else module.register_forward_pre_hook(observe_input)
+        )
         return handle
 
     handles = [hook(name) for name in names]
