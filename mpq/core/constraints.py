@@ -80,6 +80,26 @@ class Constraint:
         """Tell whether a choice of cells meets it."""
         return self.total(choice) <= self.limit
 
+    def relaxed(self) -> Constraint:
+        """Return a condition without joint terms that every choice meets which meets this one.
+
+        Each cell is granted half of the largest saving that it can have with each other unit.
+        """
+        if not self.joint:
+            return self
+        joint, saved = self.joint, np.zeros(len(self.cells))
+        for one, other in ((joint.first, joint.second), (joint.second, joint.first)):
+            units = np.searchsorted(self.cells.offsets, other, "right") - 1
+            order = np.lexsort((joint.values, units, one))
+            begins = np.flatnonzero(
+                (np.diff(one[order], prepend=-1) != 0) | (np.diff(units[order], prepend=-1) != 0)
+            )
+            largest = order[begins]
+            np.add.at(saved, one[largest], np.minimum(joint.values[largest], 0.0) / 2)
+        rounding = 4 * np.spacing(np.abs(self.coefficients) + np.abs(saved)) * len(joint)
+        lowered = np.where(saved < 0, self.coefficients + saved - rounding, self.coefficients)
+        return replace(self, coefficients=lowered, joint=None)
+
     def restrict(self, cells: Cells, numbers: Indices) -> Constraint:
         """Return the condition over fewer cells (see `Cells.restrict`)."""
         joint = None if self.joint is None else self.joint.restrict(cells, numbers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,19 @@ class JointCosts:
         """Return every value times a factor."""
         return JointCosts(
             cells=self.cells, first=self.first, second=self.second, values=factor * self.values
+        )
+
+    @classmethod
+    def summed(cls, parts: Iterable[JointCosts | None]) -> JointCosts | None:
+        """Return the terms of several costs over the same cells together; None for none."""
+        found = [part for part in parts if part]
+        if len(found) < 2:
+            return found[0] if found else None
+        return cls(
+            cells=found[0].cells,
+            first=np.concatenate([part.first for part in found]),
+            second=np.concatenate([part.second for part in found]),
+            values=np.concatenate([part.values for part in found]),
         )
 
     def restrict(self, cells: Cells, numbers: Indices) -> JointCosts | None:
