@@ -1,12 +1,13 @@
 """Joint costs in a knapsack: terms of two entries, and the linear program that counts them.
 
 A term counts where two entries are both taken. Terms of two units that have one value and make
-up a rectangle of entries are one block, with one variable (McCormick 1976). A block of value c > 0
-adds c z with z >= x_i + x_j - 1, x the sums over its entries. The largest saving m of two units is
-granted beforehand, and what is not had of it is paid for: a block of value c < 0 pays (m + c) y
-with y <= x_i and y <= x_j, no block at all pays m n, and n + sum y >= 1. As a unit takes one
-entry, the blocks of some entries together have sum y <= x: else parts of an entry would save
-several times.
+up a rectangle of entries are one block, with one variable. A block of value c > 0 adds c z with
+z >= x_i + x_j - 1, x the sums over its entries (McCormick 1976). The largest saving m of two units
+is granted beforehand and paid back where it is not had: block b pays (m + c_b) y_b, no block at
+all pays m n, with n + sum y >= 1 and y_b <= x_i, y_b <= x_j. As a unit takes one entry, at most
+one block counts, so that the blocks within some entries have sum y <= x: else parts of an entry
+would save several times. An entry that has a block with every entry of the other unit has one of
+them: sum y >= x.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ class Terms:
         rows: list[int] = []
         amounts: list[float] = []
         links: list[Link] = []
-        for (row, _, _), terms in grouped.items():
-            of_pair, of_links = _counted(_blocks(terms), len(rows))
+        sizes = np.bincount(units).tolist()
+        for (row, u, v), terms in grouped.items():
+            of_pair, of_links = _counted(_blocks(terms), (sizes[u], sizes[v]), len(rows))
             rows += [row] * len(of_pair)
             amounts += of_pair
             links += of_links
@@ -167,26 +169,51 @@ def _blocks(terms: Sequence[tuple[int, int, float]]) -> list[_Block]:
     return [_Block(frozenset(firsts), others, v) for (v, others), firsts in alike.items()]
 
 
-def _counted(blocks: Sequence[_Block], begin: int) -> tuple[list[float], list[Link]]:
+def _counted(
+    blocks: Sequence[_Block], sizes: tuple[int, int], begin: int
+) -> tuple[list[float], list[Link]]:
     """Return the amounts of the variables of two units, numbered from `begin`, and the links."""
-    saving = [block for block in blocks if block.value < 0]
-    costing = [block for block in blocks if block.value > 0]
-    amounts = [block.value for block in costing]
-    links = [
-        Link((begin + z,), (*sorted(block.first), *sorted(block.second)), 1.0, -1.0)
-        for z, block in enumerate(costing)
+    numbers = range(begin, begin + len(blocks))
+    sides = [[block.first for block in blocks], [block.second for block in blocks]]
+    full = [
+        _full(blocks, own, other, size)
+        for own, other, size in zip(sides, sides[::-1], sizes[::-1], strict=True)
     ]
-    if not saving:
-        return amounts, links
-    most = max(-block.value for block in saving)
-    own = range(begin + len(amounts), begin + len(amounts) + len(saving))
-    links.append(Link((*own, own.stop), (), 1.0, 1.0))
-    amounts += [*(most + block.value for block in saving), most]
-    for sides in ([block.first for block in saving], [block.second for block in saving]):
-        for entries in dict.fromkeys(sides):
-            inside = tuple(y for y, side in zip(own, sides, strict=True) if side <= entries)
+    links = [
+        Link((z,), (*sorted(block.first), *sorted(block.second)), 1.0, -1.0)
+        for z, block in zip(numbers, blocks, strict=True)
+        if block.value > 0 and not (block.first <= full[0] or block.second <= full[1])
+    ]
+    most = max(0.0, *(-block.value for block in blocks))
+    if most == 0.0 and not any(full):
+        return [block.value for block in blocks], links
+    amounts = [*(most + block.value for block in blocks), most]
+    links.append(Link((*numbers, numbers.stop), (), 1.0, 1.0))
+    for own, always in zip(sides, full, strict=True):
+        for entries in dict.fromkeys(own):
+            inside = tuple(w for w, side in zip(numbers, own, strict=True) if side <= entries)
             links.append(Link(inside, tuple(sorted(entries)), -1.0, 0.0))
+        for entry in sorted(always):
+            beside = tuple(w for w, side in zip(numbers, own, strict=True) if entry in side)
+            links.append(Link(beside, (entry,), 1.0, 0.0))
     return amounts, links
+
+
+def _full(
+    blocks: Sequence[_Block],
+    own: Sequence[frozenset[int]],
+    other: Sequence[frozenset[int]],
+    size: int,
+) -> frozenset[int]:
+    """Return the entries of one unit with a block for each entry of the other, not all savings."""
+    beside: dict[int, int] = defaultdict(int)
+    costs: set[int] = set()
+    for block, mine, others in zip(blocks, own, other, strict=True):
+        for entry in mine:
+            beside[entry] += len(others)
+            if block.value > 0:
+                costs.add(entry)
+    return frozenset(entry for entry in costs if beside[entry] == size)
 
 
 def _granted(
