@@ -222,7 +222,12 @@ def _only(problem: Problem, share: Budget, units: Sequence[UnitName]) -> Problem
             values=table.values[inside],
             stderr=table.stderr[inside],
         ),
-        costs={share.cost: CostTable.exact(cost.name, cost.unit, cells, cost.values[inside])},
+        costs={
+            share.cost: replace(
+                CostTable.exact(cost.name, cost.unit, cells, cost.values[inside]),
+                joint=cost.joint and cost.joint.restrict(cells, np.flatnonzero(inside)),
+            )
+        },
         budgets=(share,),
     )
 
@@ -277,7 +282,8 @@ def _grouped(
     for name, mask in inside.items():
         values[mask] = tables[name].values[mask] / scales[name]
         own = _share_of(table, name)
-        costs[own] = CostTable.exact(own, table.unit, problem.cells, table.values * mask)
+        alone = CostTable.exact(own, table.unit, problem.cells, table.values * mask)
+        costs[own] = replace(alone, joint=table.joint and table.joint.among(mask))
     return replace(_scored(problem, "decoupled", values), costs=costs)
 
 

@@ -20,6 +20,7 @@ from mpq.choosing import Measure, keep_best, on_calibration
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHEAPER, POINT, UNIFORM, Evaluation
 from mpq.core.jobs import JobSpec
+from mpq.core.joint import JointCosts
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
 from mpq.core.quantities import quantity
@@ -94,6 +95,8 @@ def with_objective(problem: Problem, weights: dict[str, float]) -> Problem:
         values,
         fixed=math.fsum(weight * table.fixed for table, weight in tables),
     )
+    pairs = [table.joint.scaled(weight) for table, weight in tables if table.joint]
+    table = replace(table, joint=JointCosts.summed(pairs))
     return replace(problem, costs={**problem.costs, OBJECTIVE: table})
 
 

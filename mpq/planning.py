@@ -261,7 +261,7 @@ class _Costs:
             resident_bytes=resident,
             fits=resident <= memory_bytes,
             seconds={
-                phase: float(table.fixed + table.values[numbers].sum() + self.attention_s[phase])
+                phase: table.total(numbers) + self.attention_s[phase]
                 for phase, table in self.latency.items()
             },
         )

@@ -10,6 +10,7 @@ from mpq.along import along, given_problem
 from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import DIVERGENCE_NAMES, Evaluation, in_order, without_trials
+from mpq.core.joint import joint_lines
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.provenance import cost_label
@@ -79,6 +80,7 @@ def _budget_rows(problem: Problem, solution: Solution) -> list[dict[str, str]]:
     totals, upper = solution.totals or {}, solution.quantiles or {}
     return [
         _budget_row(table, limits, with_error(totals[name], table.half_width(choice), table.unit))
+        | {"pairs": "; ".join(joint_lines(table, choice, most=0)[:1])}
         | {"quantile": quantity(upper[name], table.unit) if name in upper else ""}
         for name, table in problem.costs.items()
     ]

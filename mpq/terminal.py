@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from mpq.core.budgets import Budget
 from mpq.core.errors import InfeasibleError, RunFailedError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, Evaluation, in_order, without_trials
 from mpq.core.frontier import Frontier, Surface
+from mpq.core.joint import joint_lines
 from mpq.core.layers import LayerGraph
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
@@ -47,6 +49,7 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     problem, allocation = result.problem, result.unit_allocation
     console.print(_units_table(result.graph, problem, allocation))
     console.print(_budget_table(problem, result.solution))
+    _print_pairs(console, problem, allocation)
     told = without_trials(result.evaluation)
     console.print(_measured_table(given_problem(result), told))
     if rows := along(store.run(run_id).spec, problem, result.evaluation, allocation):
@@ -127,6 +130,7 @@ def print_solution(
     console = _console()
     console.print(_units_table(graph, problem, solution.allocation))
     console.print(_budget_table(problem, solution))
+    _print_pairs(console, problem, solution.allocation)
     for line in worth_lines(problem, solution):
         console.print(Text(line))
 
@@ -149,6 +153,7 @@ def print_least(
         f"gap {found.gap:.2g}, {found.seconds:.3f} s"
     )
     console.print(table)
+    _print_pairs(console, problem, found.allocation)
 
 
 def print_frontier(problem: Problem, found: Frontier, as_json: bool = False) -> None:
@@ -296,6 +301,14 @@ def _cost_table(
         upper = () if risk is None else (quantity(quantile(cost, choice, risk), cost.unit),)
         table.add_row(cost_label(cost), chosen, *upper, limit, whole, share)
     return table
+
+
+def _print_pairs(console: Console, problem: Problem, allocation: Allocation | None) -> None:
+    """Print what the chosen schemes of two units cost or save together."""
+    assert allocation is not None
+    choice = allocation.choice(problem.cells)
+    for line in (line for table in problem.costs.values() for line in joint_lines(table, choice)):
+        console.print(Text(line))
 
 
 def _measured_table(problem: Problem, evaluations: Sequence[Evaluation]) -> Table:

@@ -14,7 +14,7 @@ from solvers.check import finish
 from solvers.exact import Minimise, minimise
 from solvers.ilp import cheapest_of_equal_score
 from solvers.infeasible import explain
-from solvers.knapsack import cheapest
+from solvers.knapsack import Mask, cheapest, unit_numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,5 +77,16 @@ def _undominated(problem: Problem, choice: Indices) -> Indices:
         coefficients = row.coefficients
         as_good &= coefficients <= np.repeat(coefficients[choice], sizes)
     as_good[[cell for pair in problem.forbidden_cells() for cell in pair]] = False
+    as_good &= ~_joined(problem)
     as_good[choice] = True
     return cheapest(problem, np.where(as_good, values, np.inf))
+
+
+def _joined(problem: Problem) -> Mask:
+    """Mark the cells of all units of which a cell has a joint cost that is limited."""
+    owners = unit_numbers(problem.cells)
+    units = np.zeros(len(problem.cells.units), np.bool_)
+    for row in problem.rows():
+        if row.joint:
+            units[owners[row.joint.first]] = units[owners[row.joint.second]] = True
+    return units[owners]

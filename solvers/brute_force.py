@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.joint import JointCosts, joined_sum
 from mpq.core.problem import Budget, Problem, Solution
 from mpq.core.tables import Cells, Floats, Indices
 from solvers.check import finish
@@ -64,7 +65,12 @@ class BruteForce:
 
 
 def try_everything(
-    problem: Problem, values: Floats, budgets: Sequence[Budget], *, time_limit_s: float
+    problem: Problem,
+    values: Floats,
+    budgets: Sequence[Budget],
+    *,
+    time_limit_s: float,
+    joint: JointCosts | None = None,
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets` (see `Minimise`).
 
@@ -72,13 +78,15 @@ def try_everything(
     sums are compared as they are when each is rounded once. It takes its time.
     """
     asked = problem.with_budgets(budgets)
-    halves = _Halves(asked.cells, values)
-    rows = [(row, halves.sums(row.coefficients)) for row in asked.rows()]
-    ties = [halves.sums(asked.costs[budget.cost].values) for budget in budgets[:1]]
+    halves = _Halves(asked.cells)
+    worth_of = halves.sums(values, joint)
+    rows = [(row, halves.sums(row.coefficients, row.joint)) for row in asked.rows()]
+    first = [asked.costs[budget.cost] for budget in budgets[:1]]
+    ties = [halves.sums(table.values, table.joint) for table in first]
     best: tuple[float, ...] = (math.inf,)
     choice: Indices | None = None
     for heads in halves.blocks():
-        worth = halves.worth.of(heads)
+        worth = worth_of.of(heads)
         near = np.flatnonzero(worth <= best[0])
         for row, sums in rows:
             near = near[row.fixed + sums.of(heads, near) <= row.limit]
@@ -98,7 +106,7 @@ def try_everything(
             near = near[near != least[0]]  # a sum next to the middle of two doubles, very seldom
     if choice is None:
         return Least(choice=None, bound=math.inf, proven=True)
-    return Least(choice=choice, bound=math.fsum(values[choice]), proven=True)
+    return Least(choice=choice, bound=joined_sum(values[choice], joint, choice), proven=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,8 @@ class _Sums:
 
     head: Floats  # (choices of the first units, 2)
     tail: Floats  # (choices of the other units, 2)
+    halves: _Halves
+    joint: JointCosts | None
 
     def of(self, heads: slice, places: Indices | None = None) -> Floats:
         """Return the sums of a block of choices, or of some places in it, rounded once."""
@@ -115,27 +125,38 @@ class _Sums:
         else:
             number, rest = np.divmod(places, len(self.tail))
             one, other = self.head[heads][number], self.tail[rest]
-        total = one[..., 0] + other[..., 0]
-        back = total - one[..., 0]  # Knuth's sum without error: total + lost is exact
-        lost = (one[..., 0] - (total - back)) + (other[..., 0] - back)
-        exact: Floats = total + (lost + one[..., 1] + other[..., 1])
+        total, lost = _plus(one[..., 0], other[..., 0])
+        lost = lost + one[..., 1] + other[..., 1]
+        if self.joint:
+            total, lost = total.ravel(), lost.ravel()
+            everywhere = np.arange(len(total)) if places is None else places
+            for taken, value in self.halves.pairs(self.joint, heads, everywhere):
+                total, rest = _plus(total, np.where(taken, value, 0.0))
+                lost = lost + rest
+        exact: Floats = total + lost
         return exact.ravel()
 
 
 class _Halves:
     """All choices of the first units and all of the others, of about the same number."""
 
-    def __init__(self, cells: Cells, values: Floats) -> None:
+    def __init__(self, cells: Cells) -> None:
         sizes, parts = np.diff(cells.offsets), cells.offsets.tolist()
         ranges = [range(a, b) for a, b in itertools.pairwise(parts)]
         logs = np.cumsum(np.log(np.maximum(1, sizes)))
         self.middle = int(np.searchsorted(logs, logs[-1:].sum() / 2 * (1 + 1e-9)))
         self.head = _listed(ranges[: self.middle])
         self.tail = _listed(ranges[self.middle :])
-        self.worth = self.sums(values)
 
-    def sums(self, values: Floats) -> _Sums:
-        return _Sums(_exact_sums(values[self.head]), _exact_sums(values[self.tail]))
+    def sums(self, values: Floats, joint: JointCosts | None) -> _Sums:
+        return _Sums(_exact_sums(values[self.head]), _exact_sums(values[self.tail]), self, joint)
+
+    def pairs(
+        self, joint: JointCosts, heads: slice, places: Indices
+    ) -> Iterator[tuple[Mask, float]]:
+        """Yield where in a block each pair of cells is taken, and its value."""
+        for pair in zip(joint.first, joint.second, joint.values, strict=True):
+            yield np.logical_and(*(self.takes(c, heads, places) for c in pair[:2])), pair[2]
 
     def blocks(self) -> Iterator[slice]:
         step = max(1, _BLOCK // len(self.tail))
@@ -153,6 +174,13 @@ class _Halves:
     def choice(self, heads: slice, place: int) -> Indices:
         number, rest = divmod(int(place), len(self.tail))
         return np.concatenate([self.head[heads][number], self.tail[rest]])
+
+
+def _plus(one: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """Return the rounded sum and what it leaves of the exact one (Knuth)."""
+    total = one + other
+    back = total - one
+    return total, (one - (total - back)) + (other - back)
 
 
 def _listed(ranges: Sequence[range]) -> Indices:

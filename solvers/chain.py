@@ -8,6 +8,7 @@ from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.frontier import Chain
 from mpq.core.problem import Problem
 from mpq.core.tables import Floats, Indices
+from solvers.joint import refuse_joint
 
 
 def chain(problem: Problem, cost: str) -> Chain:
@@ -19,7 +20,8 @@ def chain(problem: Problem, cost: str) -> Chain:
     of any size is a prefix). In time of order cells times log cells.
 
     Budgets of the problem are not looked at: ask the chain for a limit. Raises InvalidInputError
-    for an unknown cost, or for constraints or forbidden pairs, which a chain cannot keep.
+    for an unknown cost, for one of pairs of cells, or for constraints or forbidden pairs, which a
+    chain cannot keep.
     """
     if cost not in problem.costs:
         raise unknown("cost", cost, problem.costs)
@@ -27,6 +29,7 @@ def chain(problem: Problem, cost: str) -> Chain:
         raise InvalidInputError(
             "chain", "a chain knows one cost: leave constraints and forbidden pairs out"
         )
+    refuse_joint(problem.with_budgets([]), "a chain", [cost])
     table, scores = problem.costs[cost], problem.sensitivity.values
     first, units, moves, slopes = _edges(problem, table.values, scores)
     order = np.lexsort((np.arange(len(slopes)), -slopes))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mpq.core.joint import JointCosts
 from mpq.core.problem import Budget, Conflict, Constraint, Problem
 from mpq.core.tables import Floats, Indices
 from solvers.exact import Least, Minimise
@@ -72,25 +73,30 @@ def raised_together(problem: Problem, costs: Sequence[str]) -> dict[str, float]:
     kept = [Budget(name, limit) for name, limit in limits.items() if name not in costs]
     questions = Questions(problem=problem, number=1, seconds=_SECONDS)
 
-    def least(values: Floats, factor: float, names: Sequence[str]) -> Least:
-        budgets = [Budget(name, factor * limits[name]) for name in names]
-        return questions.least(values, [*kept, *budgets], gap=_PRECISION / 10, effort=10)
+    def least(
+        values: Floats, joint: JointCosts | None, factor: float, names: Sequence[str]
+    ) -> Least:
+        budgets = [*kept, *(Budget(name, factor * limits[name]) for name in names)]
+        return questions.least(values, budgets, joint=joint, gap=_PRECISION / 10, effort=10)
 
     def factor_of(choice: Indices) -> float:
         return max(1.0, *(problem.total(cost, choice) / limits[cost] for cost in costs))
 
-    relative = np.zeros(len(problem.cells))
+    relative, joints = np.zeros(len(problem.cells)), []
     for cost in costs:
-        values = problem.costs[cost].values
-        relative += values / max(limits[cost], 1e-9 * float(values.max(initial=0.0)))
-    choice = least(relative, 1.0, ()).choice
+        table = problem.costs[cost]
+        size = max(limits[cost], 1e-9 * float(table.values.max(initial=0.0)))
+        relative += table.values / size
+        joints += [table.joint.scaled(1 / size)] if table.joint else []
+    joint = JointCosts.summed(joints)
+    choice = least(relative, joint, 1.0, ()).choice
     if choice is None:
         return {}
     low, high = 1.0, factor_of(choice)
     table = problem.costs[first]
     while further and high - low > _PRECISION * high and not questions.over:
         middle = (low + high) / 2
-        found = least(table.values, middle, further)
+        found = least(table.values, table.joint, middle, further)
         if found.choice is not None and factor_of(found.choice) < high:
             choice, high = found.choice, factor_of(found.choice)
         if found.choice is None and not found.proven:
@@ -101,7 +107,7 @@ def raised_together(problem: Problem, costs: Sequence[str]) -> dict[str, float]:
             break
     enough = {c: max(high * limits[c], problem.total(c, choice)) for c in costs}
     rows = [Constraint.at_most(problem.costs[cost], limit) for cost, limit in enough.items()]
-    least_of_all = questions.least(relative, kept, rows, gap=_PRECISION, effort=10)
+    least_of_all = questions.least(relative, kept, rows, joint=joint, gap=_PRECISION, effort=10)
     choice = choice if least_of_all.choice is None else least_of_all.choice
     return {cost: max(limits[cost], problem.total(cost, choice)) for cost in costs}
 

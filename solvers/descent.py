@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpq.core.tables import Floats, Indices
+from solvers.joint_descent import descend_with_terms, repair_with_terms
 from solvers.knapsack import Knapsack
 
 POOL = 200  # entries whose pairs are all tried; the square of it is the work of a step
@@ -16,6 +17,8 @@ def repair(knapsack: Knapsack, choice: Indices, *, steps: int = 0) -> Indices | 
     `choice` holds an entry of the knapsack for each unit. None where that does not succeed
     in so many `steps`, or, if 0, four for each unit.
     """
+    if knapsack.terms is not None:
+        return repair_with_terms(knapsack, choice, steps=steps)
     choice, starts = choice.copy(), knapsack.starts
     objective, weights = knapsack.objective, knapsack.weights
     scale = knapsack.slack[:, None]
@@ -61,6 +64,10 @@ def descend(
     changes among the `pool` entries of least change in score plus `prices` . weights. `field` is
     the sum of the rows of `cross` that are chosen; it is kept so.
     """
+    if knapsack.terms is not None:
+        return descend_with_terms(
+            knapsack, choice, prices=prices, cross=cross, field=field, pool=pool
+        )
     choice, units, starts = choice.copy(), knapsack.units, knapsack.starts
     objective, weights = knapsack.objective, knapsack.weights
     if field is None:

@@ -14,6 +14,7 @@ from mpq.core.tables import Floats, Indices
 from solvers.check import finish
 from solvers.dominance import undominated
 from solvers.infeasible import explain
+from solvers.joint import refuse_joint
 from solvers.knapsack import cheapest, fitting, smallest_total
 from solvers.partial_sums import Choices, Cut, undominated_choices
 from solvers.relaxation import relax
@@ -31,7 +32,8 @@ class Dp:
     dropped, and those that cannot beat a known choice at the prices of the linear relaxation.
     OPTIMAL, or INFEASIBLE with its reason.
     Raises InvalidInputError (`too_many_states`) where more than `max_states` sums are left, and
-    (`forbidden_pairs`) for a problem with forbidden pairs: a sum does not tell of which cells.
+    (`forbidden_pairs`, `joint_costs`) for a problem with forbidden pairs or with limits on costs
+    of pairs: a sum does not tell of which cells.
     """
 
     name: str = "dp"
@@ -42,6 +44,7 @@ class Dp:
         """Return the allocation of least additive score that meets every budget."""
         start = time.monotonic()
         _refuse_forbidden(problem)
+        refuse_joint(problem, "solver 'dp'")
         choice, infeasibility = _best(problem, self.max_states), None
         if choice is None:
             infeasibility = explain(problem, time_limit_s=self.time_limit_s)
@@ -88,6 +91,7 @@ def pareto(
     if cost not in problem.costs:
         raise unknown("cost", cost, problem.costs)
     _refuse_forbidden(problem)
+    refuse_joint(problem, "the complete frontier, by solver 'dp',", [cost])
     table = problem.costs[cost]
     tracked = _Tracked.of(problem, table.values)
     cuts = tracked.cuts()

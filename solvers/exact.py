@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mpq.core.joint import JointCosts, joined_sum
 from mpq.core.problem import Budget, Constraint, Problem
-from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
 from solvers.knapsack import Knapsack, cheapest, fitting, preference, smallest_total
 from solvers.milp import TOLERANCE, Answer, Library, branch_and_cut
@@ -46,10 +46,12 @@ class Minimise(Protocol):
         budgets: Sequence[Budget],
         *,
         time_limit_s: float,
+        joint: JointCosts | None = None,
     ) -> Least:
         """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
-        The problem's constraints and forbidden pairs hold, its own budgets do not.
+        `joint` terms belong to the values. The problem's constraints and forbidden pairs hold,
+        its own budgets do not.
         """
 
 
@@ -59,6 +61,7 @@ def minimise(
     budgets: Sequence[Budget],
     *,
     time_limit_s: float,
+    joint: JointCosts | None = None,
     among: Indices | None = None,
     known: Indices | None = None,
     gap: float = 0.0,
@@ -66,18 +69,19 @@ def minimise(
 ) -> Least:
     """Minimise sum_u values[a(u)] over one cell per unit under `budgets`.
 
-    `values` (num_cells,) stand in for the problem's sensitivity, `budgets` for its own; its
-    constraints and forbidden pairs hold. The linear relaxation prices the budgets, rounding it
-    gives a first choice, the distance of the two rules out most cells, and an integer program
-    decides about the rest. A better choice is overlooked only if it gains less than about 1e-11
-    of what the answer loses against the unconstrained best. `time_limit_s` bounds the integer
-    programs, not building them.
+    `values` (num_cells,), with their `joint` terms, stand in for the problem's sensitivity,
+    `budgets` for its own; its constraints and forbidden pairs hold. The linear relaxation
+    prices the budgets, rounding it gives a first choice, the distance of the two rules out most
+    cells, and an integer program decides about the rest. A better choice is overlooked only if
+    it gains less than about 1e-11 of what the answer loses against the unconstrained best.
+    `time_limit_s` bounds the integer programs, not building them.
 
     With a `known` choice that fits, `among` (ascending, holding it) may be those cells alone of
     which a better choice consists. The search ends within `gap` of the total.
     """
     asked = problem.with_budgets(budgets)
-    search = _Search(asked, values, asked.rows(), time.monotonic() + time_limit_s, gap, library)
+    deadline = time.monotonic() + time_limit_s
+    search = _Search(asked, values, joint, asked.rows(), deadline, gap, library)
     if among is not None:
         search.best = known
         return search.decide(among)
@@ -98,11 +102,11 @@ def _without_tolerance(search: _Search, least: Least) -> Least:
     by: Minimise | None = None
     if math.prod(map(len, problem.cells.schemes)) <= _FEW_CHOICES:
         by = try_everything
-    elif not problem.forbidden and len(search.rows) <= MOST_ROWS:
+    elif not problem.forbidden and len(search.rows) <= MOST_ROWS and not search.with_terms:
         by = minimise_quickly
     if by is None:
         return least
-    decided = by(problem, search.values, problem.budgets, time_limit_s=left)
+    decided = by(problem, search.values, problem.budgets, time_limit_s=left, joint=search.joint)
     return decided if decided.proven or decided.choice is not None else least
 
 
@@ -111,12 +115,14 @@ class _Search:
         self,
         problem: Problem,
         values: Floats,
+        joint: JointCosts | None,
         rows: Sequence[Constraint],
         deadline: float,
         gap: float,
         library: Library,
     ) -> None:
-        self.problem, self.values, self.rows = problem, values, rows
+        self.problem, self.values, self.joint, self.rows = problem, values, joint, rows
+        self.with_terms = bool(joint) or any(row.joint for row in rows)
         self.forbidden = problem.forbidden_cells()
         self.deadline, self.gap, self.library = deadline, gap, library
         self.best: Indices | None = None
@@ -126,9 +132,10 @@ class _Search:
         for row in self.rows:
             if smallest_total(row) > row.limit:
                 return Least(choice=None, bound=math.inf, proven=True)
-        free = cheapest(self.problem, self.values)
-        if self._fits(free):
-            return Least(choice=free, bound=self._value(free), proven=True)
+        if not self.joint:
+            free = cheapest(self.problem, self.values)
+            if self._fits(free):
+                return Least(choice=free, bound=self._value(free), proven=True)
         return self.decide(np.arange(len(self.problem.cells)))
 
     def decide(self, cells: Indices) -> Least:
@@ -186,7 +193,7 @@ class _Search:
         return self._part(whole.cells[keep])
 
     def _part(self, kept: Indices) -> Knapsack | None:
-        return fitting(self.problem, self.values, self.rows, kept)
+        return fitting(self.problem, self.values, self.rows, kept, self.joint)
 
     def _solve(self, rest: Knapsack, *, share: float = 1.0) -> Answer:
         """Solve, cutting off choices that fit only within the solver's tolerance.
@@ -224,6 +231,7 @@ class _Search:
             forbidden=self.forbidden,
             time_limit_s=left,
             enough=enough,
+            gap=self.gap / 2 if self.with_terms else 0.0,
             library=self.library,
         )
 
@@ -250,4 +258,4 @@ class _Search:
         return self.problem.allows(choice) and all(row.met(choice) for row in self.rows)
 
     def _value(self, choice: Indices) -> float:
-        return exact_sum(self.values[choice])
+        return joined_sum(self.values[choice], self.joint, choice)

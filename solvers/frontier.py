@@ -56,8 +56,8 @@ def frontier(
 
 def smallest(problem: Problem, cost: str, by: Minimise) -> float:
     """Return the smallest total of a cost within the budgets; raises InfeasibleError for none."""
-    values = problem.costs[cost].values
-    least = by(problem, values, problem.budgets, time_limit_s=_TIME_LIMIT_S)
+    table, kept = problem.costs[cost], problem.budgets
+    least = by(problem, table.values, kept, time_limit_s=_TIME_LIMIT_S, joint=table.joint)
     if least.choice is None:
         reason = explain(problem, time_limit_s=_TIME_LIMIT_S, by=by)
         raise InfeasibleError("infeasible", reason.message)

@@ -13,6 +13,7 @@ from mpq.core.problem import Constraint, Problem, Solution
 from mpq.core.tables import Indices
 from solvers.check import finish
 from solvers.infeasible import explain
+from solvers.joint import refuse_joint
 from solvers.knapsack import Mask, cheapest, fitting, smallest_total, unit_numbers
 from solvers.relaxation import relax
 
@@ -29,7 +30,8 @@ class Greedy:
     step must lower the sum of what is exceeded; so it is with constraints and forbidden pairs.
     FEASIBLE, with the linear relaxation as its bound up to `bound_cells` cells; OPTIMAL only
     where the score is that bound or every unit keeps its best scheme; UNKNOWN where no step
-    helps though something may fit.
+    helps though something may fit. Raises InvalidInputError (`joint_costs`) for budgets on costs
+    of pairs of cells.
     """
 
     name: str = "greedy"
@@ -39,6 +41,7 @@ class Greedy:
     def solve(self, problem: Problem) -> Solution:
         """Return where the steps end."""
         start = time.monotonic()
+        refuse_joint(problem, "solver 'greedy'")
         values = problem.sensitivity.values
         best = cheapest(problem, values)
         choice, infeasibility = _Steps(problem, best).run(), None

@@ -77,6 +77,8 @@ def cheapest_of_equal_score(
         for unit, schemes, start in zip(cells.units, cells.schemes, cells.offsets, strict=False)
     }
     smaller = problem.pinned(allowed)
-    costs = smaller.costs[problem.budgets[0].cost].values
-    least = minimise(smaller, costs, smaller.budgets, time_limit_s=time_limit_s)
+    cost = smaller.costs[problem.budgets[0].cost]
+    least = minimise(
+        smaller, cost.values, smaller.budgets, time_limit_s=time_limit_s, joint=cost.joint
+    )
     return choice if least.choice is None else np.flatnonzero(equal)[least.choice]

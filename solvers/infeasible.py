@@ -38,13 +38,14 @@ def explain(problem: Problem, *, time_limit_s: float, by: Minimise = minimise) -
             )
     smallest = {}
     for cost in limits:
-        least = by(problem, problem.costs[cost].values, [], time_limit_s=time_limit_s)
+        table = problem.costs[cost]
+        least = by(problem, table.values, [], time_limit_s=time_limit_s, joint=table.joint)
         smallest[cost] = math.inf if least.choice is None else problem.total(cost, least.choice)
     relaxed: dict[str, float | None] = {}
     for cost in limits:
         others = [Budget(name, limit) for name, limit in limits.items() if name != cost]
-        values = problem.costs[cost].values
-        least = by(problem, values, others, time_limit_s=time_limit_s)
+        table = problem.costs[cost]
+        least = by(problem, table.values, others, time_limit_s=time_limit_s, joint=table.joint)
         relaxed[cost] = None if least.choice is None else problem.total(cost, least.choice)
     alone = [cost for cost in limits if smallest[cost] > limits[cost]]
     joint = [cost for cost in limits if relaxed[cost] is not None]
@@ -96,7 +97,8 @@ class _Told:
         parts = []
         for name in names:
             limit, need = self.texts(name, smallest[name])
-            parts.append(f"{limit}: the smallest possible is {need} ({self.reached_by(name)})")
+            reached = self.reached_by(name, smallest[name])
+            parts.append(f"{limit}: the smallest possible is {need} ({reached})")
         units = {self.problem.costs[name].unit for name in names}
         cheaper = _CHEAPER.get(units.pop(), "cheaper") if len(units) == 1 else "cheaper"
         budget = "budget" if len(names) == 1 else "budgets"
@@ -165,16 +167,19 @@ class _Told:
         except InvalidInputError:
             return math.inf
 
-    def reached_by(self, name: str) -> str:
+    def reached_by(self, name: str, least: float) -> str:
         """Return which allocation has the smallest total of a cost."""
-        problem, values = self.problem, self.problem.costs[name].values
+        problem, table = self.problem, self.problem.costs[name]
         if all(len(schemes) == 1 for schemes in problem.cells.schemes):
             return "no unit has a choice"
-        least = problem.total(name, cheapest(problem, values))
+        alone = problem.total(name, cheapest(problem, table.values))
+        least = least if table.joint else alone
         for scheme, allocation in problem.uniform().items():
             if problem.total(name, allocation.choice(problem.cells)) == least:
                 return f"every unit at {scheme}"
-        word = _CHEAPER.get(problem.costs[name].unit, "cheaper")
+        word = _CHEAPER.get(table.unit, "cheaper")
+        if least != alone:
+            return f"the {word.removesuffix('er')}est schemes together, pairs of units counted"
         return f"every unit at its {word.removesuffix('er')}est scheme"
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from mpq.core.errors import InfeasibleError, InvalidInputError, RunFailedError, unknown
+from mpq.core.joint import JointCosts
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Budget, Constraint, Problem
 from mpq.core.quantities import rounded_up
-from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats
 from solvers.check import relative_gap
 from solvers.infeasible import explain
@@ -46,7 +47,7 @@ def least_cost(
     if not math.isfinite(score_limit):
         raise InvalidInputError("score_limit", f"a score limit is a number, got {score_limit!r}")
     kept = [b for b in problem.budgets if b.cost not in weights]
-    values = _weighted(problem, weights)
+    values, joint = _weighted(problem, weights)
     fixed = math.fsum(weight * problem.costs[name].fixed for name, weight in weights.items())
     score = Constraint(
         name="score",
@@ -55,14 +56,15 @@ def least_cost(
         limit=score_limit,
     )
     questions = Questions(problem=problem, number=1, seconds=time_limit_s)
-    least = questions.least(values, kept, [score], gap=gap, effort=_EFFORT)
+    least = questions.least(values, kept, [score], joint=joint, gap=gap, effort=_EFFORT)
     if least.choice is None:
         raise _unreached(problem, kept, score_limit, time_limit_s, proven=least.proven)
     choice = least.choice
-    value = fixed + exact_sum(values[choice])
     row = Constraint(
-        name="cost", cells=problem.cells, coefficients=values, limit=value, fixed=fixed
+        name="cost", cells=problem.cells, coefficients=values, limit=0.0, fixed=fixed, joint=joint
     )
+    row = replace(row, limit=row.total(choice))
+    value = row.limit
     spent = time.monotonic() - start
     questions = Questions(
         problem=problem, number=1, seconds=min(time_limit_s - spent, max(spent, _TIES_S))
@@ -99,11 +101,14 @@ def _checked(problem: Problem, of: str | Mapping[str, float]) -> dict[str, float
     return {name: float(weight) for name, weight in weights.items()}
 
 
-def _weighted(problem: Problem, weights: Mapping[str, float]) -> Floats:
-    total = np.zeros(len(problem.cells))
+def _weighted(problem: Problem, weights: Mapping[str, float]) -> tuple[Floats, JointCosts | None]:
+    """Return what each cell counts, and what each pair of cells does."""
+    total, pairs = np.zeros(len(problem.cells)), []
     for name, weight in weights.items():
-        total += weight * problem.costs[name].values
-    return total
+        table = problem.costs[name]
+        total += weight * table.values
+        pairs += [table.joint.scaled(weight)] if table.joint else []
+    return total, JointCosts.summed(pairs)
 
 
 def _unreached(

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.tables import Indices
+from solvers.joint import Linked
 from solvers.knapsack import Knapsack
 from solvers.threads import highs_threads
 
@@ -41,19 +42,21 @@ def branch_and_cut(
     forbidden: Sequence[tuple[int, int]] = (),
     time_limit_s: float,
     enough: float = 0.0,
+    gap: float = 0.0,
     library: Library = "highs",
 ) -> Answer:
     """Minimise the objective over one entry per unit within every slack.
 
     Variables are numbered, never named after units. `excluded` choices are cut off, of two
-    `forbidden` cells one is taken at most, and it ends `enough` from the best.
+    `forbidden` cells one is taken at most, and it ends `enough` from the best, or within `gap`.
     Raises RunFailedError when the solver breaks, InvalidInputError (`needs_cbc`) where there is
     no CBC.
     """
-    unit_value = float(knapsack.objective.max(initial=0.0)) or 1.0
-    program, variables = _stated(knapsack, excluded, forbidden, unit_value)
+    linked = knapsack.linked()
+    unit_value = knapsack.largest
+    program, variables = _stated(knapsack, linked, excluded, forbidden, unit_value)
     run = _by_highs if library == "highs" else _by_cbc
-    ended = run(program, enough / unit_value * SCALE, max(0.01, time_limit_s))
+    ended = run(program, enough / unit_value * SCALE, gap, max(0.01, time_limit_s))
     bound = max(0.0, ended.bound) / SCALE * unit_value
     if not ended.found:
         return Answer(choice=None, bound=bound, complete=ended.complete)
@@ -65,6 +68,7 @@ def branch_and_cut(
 
 def _stated(
     knapsack: Knapsack,
+    linked: Linked | None,
     excluded: Sequence[Indices],
     forbidden: Sequence[tuple[int, int]],
     unit_value: float,
@@ -84,13 +88,22 @@ def _stated(
     def constrain(expression: pulp.LpAffineExpression, sense: int, name: str, limit: float) -> None:
         program.addConstraint(pulp.LpConstraint(expression, sense, name, limit))
 
-    everything = range(n)
-    program.setObjective(row(everything, (knapsack.objective / unit_value * SCALE).tolist()))
+    everything: Sequence[int] = range(n)
+    amounts = np.zeros((len(knapsack.slack) + 1, 0))  # of variables of joint terms, objective last
+    if linked is not None:
+        count = len(linked.rows)
+        most = linked.most.tolist()
+        variables += [program.add_variable(f"z{j:08d}", 0, m) for j, m in enumerate(most)]
+        everything = range(n + count)
+        amounts = np.zeros((len(knapsack.slack) + 1, count))
+        amounts[linked.rows, np.arange(count)] = linked.amounts
+    objective = np.r_[knapsack.objective, amounts[-1]] / unit_value * SCALE
+    program.setObjective(row(everything, objective.tolist()))
     for u in range(num_units):
         entries = range(int(knapsack.starts[u]), int(knapsack.starts[u + 1]))
         constrain(row(entries, [1.0] * len(entries)), pulp.LpConstraintEQ, f"unit{u}", 1.0)
     for k, slack in enumerate(knapsack.slack):
-        weights = (knapsack.weights[k] * (SCALE / slack)).tolist()
+        weights = (np.r_[knapsack.weights[k], amounts[k]] * (SCALE / slack)).tolist()
         constrain(row(everything, weights), pulp.LpConstraintLE, f"budget{k}", SCALE)
     for c, choice in enumerate(excluded):
         ones = [1.0] * num_units
@@ -100,7 +113,11 @@ def _stated(
         if all(cell in entry_of for cell in pair):
             both = [entry_of[cell] for cell in pair]
             constrain(row(both, [1.0, 1.0]), pulp.LpConstraintLE, f"pair{p}", 1.0)
-    return program, variables
+    for number, link in enumerate(linked.links if linked is not None else ()):
+        members = [*(n + z for z in link.variables), *link.entries]
+        factors = [link.sign] * len(link.variables) + [-link.sign] * len(link.entries)
+        constrain(row(members, factors), pulp.LpConstraintGE, f"link{number}", link.least)
+    return program, variables[:n]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +132,7 @@ class _Ended:
 _INFEASIBLE = _Ended(found=False, bound=float("inf"), complete=True)
 
 
-def _by_highs(program: Any, enough: float, time_limit_s: float) -> _Ended:
+def _by_highs(program: Any, enough: float, gap: float, time_limit_s: float) -> _Ended:
     """Solve by HiGHS; the status is its own: PuLP 3 calls a run that met its limit optimal."""
     import highspy
     import pulp
@@ -125,7 +142,7 @@ def _by_highs(program: Any, enough: float, time_limit_s: float) -> _Ended:
         program.solve(
             pulp.HiGHS(
                 msg=False,
-                gapRel=0.0,
+                gapRel=gap,
                 gapAbs=enough,  # the default of 1e-6 would stop early
                 threads=highs_threads(),
                 timeLimit=time_limit_s,
@@ -150,7 +167,7 @@ def _by_highs(program: Any, enough: float, time_limit_s: float) -> _Ended:
     return _Ended(found=bool(feasible), bound=outcome.mip_dual_bound, complete=complete)
 
 
-def _by_cbc(program: Any, enough: float, time_limit_s: float) -> _Ended:
+def _by_cbc(program: Any, enough: float, gap: float, time_limit_s: float) -> _Ended:
     """Solve by the CBC that PuLP carries.
 
     Values are read only where PuLP tells of a solution: those of an infeasible program are
@@ -165,7 +182,7 @@ def _by_cbc(program: Any, enough: float, time_limit_s: float) -> _Ended:
     cbc = pulp.COIN_CMD(
         path=_cbc_path(),
         msg=False,
-        gapRel=0.0,
+        gapRel=gap,
         gapAbs=enough,
         timeLimit=time_limit_s,
         options=options,

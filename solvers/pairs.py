@@ -15,7 +15,7 @@ from solvers.check import finish
 from solvers.descent import descend, field_of, repair
 from solvers.exact import Minimise, minimise
 from solvers.infeasible import explain
-from solvers.knapsack import Knapsack
+from solvers.knapsack import Knapsack, with_terms
 from solvers.pair_bound import best_of_all, can_try_all, lower_bound
 from solvers.pairwise import MANY, Interacting, bounded_interactions, responses_of
 from solvers.relaxation import relax
@@ -98,10 +98,10 @@ def _minimiser(problem: Problem) -> Minimise:
 
 
 def _local_search(
-    entries: int,
+    knapsack: Knapsack,
 ) -> tuple[Callable[[Knapsack, Indices], Indices | None], Callable[..., Indices]]:
     """Return what repairs and what descends: compiled for many."""
-    if entries < MANY:
+    if len(knapsack.cells) < MANY or knapsack.terms is not None:
         return repair, descend
     from solvers.quick_descent import descend_quickly, repair_quickly
 
@@ -127,10 +127,11 @@ def _prices(knapsack: Knapsack) -> Floats:
 
 class _Descents:
     def __init__(self, problem: Problem, form: Interacting) -> None:
-        self.problem, self.knapsack, self.own = problem, form.knapsack, form.own
+        self.problem, self.own = problem, form.own
+        self.knapsack = with_terms(problem, form.knapsack)
         self.cross = self._apart(form)
         self.prices = _prices(form.knapsack)
-        self.repair, self.descend = _local_search(len(self.own))
+        self.repair, self.descend = _local_search(self.knapsack)
 
     def _apart(self, form: Interacting) -> Floats:
         """Return the cross terms with forbidden pairs worse than anything else."""

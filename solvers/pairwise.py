@@ -47,7 +47,7 @@ class Interacting:
     `cross` is symmetric and zero within a unit; what G has there is `inner`, in the order of
     `same_unit`, own scores without slopes included: no score depends on it, but it completes
     `cross` to a nearly convex form. `doubt[i]` is more than what rounding can have added for
-    taking i.
+    taking i. Rows with joint costs are relaxed in the knapsack: it bounds, but does not decide.
     """
 
     knapsack: Knapsack
@@ -63,7 +63,8 @@ class Interacting:
         A term is off by at most doubt * sqrt(c_i c_j), and (sum_u sqrt c)^2 <= units * sum_u c.
         """
         diagonal = np.diagonal(interactions)
-        knapsack = fitting(problem, diagonal, problem.rows(), np.arange(len(problem.cells)))
+        relaxed = [row.relaxed() for row in problem.rows()]
+        knapsack = fitting(problem, diagonal, relaxed, np.arange(len(problem.cells)))
         if knapsack is None:
             return None
         cells = knapsack.cells

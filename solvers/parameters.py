@@ -8,6 +8,7 @@ import numpy as np
 
 from mpq.core.tables import Indices
 from solvers.descent import repair
+from solvers.knapsack import with_terms
 from solvers.switches import Switches
 
 _LONGEST_NAME = 500  # a database keeps 512 characters of it
@@ -23,6 +24,7 @@ class Parameters:
 
     def __init__(self, switches: Switches, additive: Indices, seed: int) -> None:
         knapsack = switches.knapsack
+        self._whole = with_terms(switches.problem, knapsack)
         self._switches, self._rng = switches, np.random.default_rng(seed)
         self._additive = np.searchsorted(knapsack.cells, additive)
         self._tried: set[bytes] = set()
@@ -61,7 +63,7 @@ class Parameters:
         Where nothing new is found they were tried, and `fruitless` counts on.
         """
         knapsack = self._switches.knapsack
-        repaired = repair(knapsack, self._chosen(params))
+        repaired = repair(self._whole, self._chosen(params))
         choice = knapsack.cells[self._additive if repaired is None else repaired]
         if not self._switches.problem.meets(choice):
             choice = knapsack.cells[self._additive]

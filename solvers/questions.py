@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mpq.core.joint import JointCosts
 from mpq.core.problem import Allocation, Budget, Constraint, Problem
 from mpq.core.shadow import Alternative
 from mpq.core.tables import Floats, Indices
@@ -43,12 +44,14 @@ class Questions:
         budgets: Sequence[Budget],
         further: Sequence[Constraint] = (),
         *,
+        joint: JointCosts | None = None,
         gap: float = _CLOSE,
         effort: int = _MANY,
         known: Indices | None = None,
     ) -> Least:
         """Minimise the total of `values` under budgets and, beside the problem's, constraints.
 
+        `joint` terms belong to the values.
         Of more than a few cells the search is given up, unproven, when bound and choice are
         within `gap` and it has taken `effort` branches: what is open then, more time seldom
         settles. A gap of 0 is not given up. `known` is a choice that fits.
@@ -58,14 +61,21 @@ class Questions:
         asked = replace(self.problem, constraints=(*self.problem.constraints, *further))
         if len(asked.cells) <= FEW_CELLS:
             share = 0.5 * (end - time.monotonic())
-            found = minimise(asked, values, budgets, time_limit_s=share)
+            found = minimise(asked, values, budgets, time_limit_s=share, joint=joint)
             if found.proven:
                 return found
         from solvers.quick import minimise_quickly  # tells totals apart that are all but equal
 
         left = end - time.monotonic()
         return minimise_quickly(
-            asked, values, budgets, time_limit_s=left, gap=gap, effort=effort, known=known
+            asked,
+            values,
+            budgets,
+            time_limit_s=left,
+            joint=joint,
+            gap=gap,
+            effort=effort,
+            known=known,
         )
 
     @property
@@ -114,6 +124,8 @@ def below(row: Constraint, total: float) -> Constraint:
 
 def _reachable(row: Constraint, limit: float) -> float:
     offsets, values = row.cells.offsets, row.coefficients
+    if row.joint:
+        return limit
     whole = np.all(values == np.rint(values)) and row.fixed == round(row.fixed)
     size = float(np.abs(values).max(initial=0.0)) * len(row.cells.units) + abs(row.fixed)
     if not whole or not len(values) or max(size, abs(limit)) >= _EXACT:

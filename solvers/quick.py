@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mpq.core.joint import JointCosts
 from mpq.core.problem import Budget, Constraint, Problem
 from mpq.core.sums import exact_sum
 from mpq.core.tables import Floats, Indices
@@ -35,6 +36,7 @@ def minimise_quickly(
     budgets: Sequence[Budget],
     *,
     time_limit_s: float,
+    joint: JointCosts | None = None,
     gap: float = 0.0,
     effort: int = 0,
     known: Indices | None = None,
@@ -46,13 +48,13 @@ def minimise_quickly(
     best choice. Once bound and choice are within `gap` of the total, a search of more than
     `effort` nodes is given up. Where that does not get there in some seconds, an integer
     program decides about what the dual leaves open; it decides alone where the best choice
-    takes a forbidden pair, or there are very many conditions.
+    takes a forbidden pair, there are very many conditions, or joint terms in any of them.
     """
     deadline = time.monotonic() + time_limit_s
     asked = replace(problem, budgets=tuple(budgets), forbidden=())
     rows = asked.rows()
-    if len(rows) > MOST_ROWS:
-        return minimise(problem, values, budgets, time_limit_s=time_limit_s, gap=gap)
+    if len(rows) > MOST_ROWS or joint or any(row.joint for row in rows):
+        return minimise(problem, values, budgets, time_limit_s=time_limit_s, joint=joint, gap=gap)
     least = _Search(asked, values, rows, deadline, gap).run(effort, known)
     if least.choice is None or problem.allows(least.choice):
         return least

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mpq.core.errors import RunFailedError
 from mpq.core.tables import Floats
+from solvers.joint import Linked
 from solvers.knapsack import Knapsack
 from solvers.threads import highs_threads
 
 _ROUNDING = 1e-14  # of a sum of a few products of positive numbers
+_LINKED = 1e-13  # of such a sum of both signs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
     import highspy
 
     n, num_units, num_rows = len(knapsack.cells), len(knapsack.starts) - 1, len(knapsack.slack)
-    unit_value = float(knapsack.objective.max(initial=0.0)) or 1.0
+    unit_value = knapsack.largest
     row_scale = 1e3 / knapsack.slack
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = n, num_units + num_rows
@@ -62,6 +65,9 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
     ):
         highs.setOptionValue(option, value)
     highs.passModel(model)
+    linked = knapsack.linked()
+    if linked is not None:
+        _link(highs, linked, num_units, 1e3 / unit_value, row_scale)
     highs.run()
     status = highs.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -69,8 +75,12 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
     if status != highspy.HighsModelStatus.kOptimal:
         raise RunFailedError("solver_failed", f"HiGHS ended the linear relaxation with {status}")
     solution = highs.getSolution()
-    duals = np.maximum(0.0, -np.asarray(solution.row_dual)[num_units:])
-    prices = duals * row_scale * (unit_value / 1e3)
+    row_duals = np.asarray(solution.row_dual)[num_units:]
+    prices = np.maximum(0.0, -row_duals[:num_rows]) * row_scale * (unit_value / 1e3)
+    if linked is not None:
+        link_prices = np.maximum(0.0, row_duals[num_rows:]) * (unit_value / 1e3)
+        shares = np.asarray(solution.col_value)[:n]
+        return _priced(knapsack, linked, shares, prices, link_prices)
     priced = knapsack.objective + prices @ knapsack.weights
     least = np.minimum.reduceat(priced, knapsack.starts[:-1])
     spent = float(prices @ knapsack.slack)
@@ -79,4 +89,72 @@ def relax(knapsack: Knapsack) -> Relaxation | None:
         prices=prices,
         reduced=priced - least[knapsack.units] - _ROUNDING * priced,
         bound=math.fsum([*least, -spent]) - _ROUNDING * (float(least.sum()) + spent),
+    )
+
+
+def _link(
+    highs: Any, linked: Linked, num_units: int, objective_scale: float, row_scale: Floats
+) -> None:
+    """Add the variables of joint terms to a model, and the rows that link them to the entries."""
+    import highspy
+
+    n, num_links = len(linked.rows), len(linked.links)
+    in_row = np.flatnonzero(linked.rows >= 0)
+    amounts = np.where(linked.rows < 0, linked.amounts * objective_scale, 0.0)
+    highs.addCols(
+        n,
+        amounts,
+        np.zeros(n),
+        linked.most,
+        len(in_row),
+        np.searchsorted(in_row, np.arange(n)).astype(np.int32),
+        (num_units + linked.rows[in_row]).astype(np.int32),
+        linked.amounts[in_row] * row_scale[linked.rows[in_row]],
+    )
+    begin = highs.getNumCol() - n
+    columns = [[*(begin + z for z in link.variables), *link.entries] for link in linked.links]
+    factors = [
+        [*[link.sign] * len(link.variables), *[-link.sign] * len(link.entries)]
+        for link in linked.links
+    ]
+    sizes = [len(of_link) for of_link in columns]
+    highs.addRows(
+        num_links,
+        np.array([link.least for link in linked.links]),
+        np.full(num_links, highspy.kHighsInf),
+        sum(sizes),
+        np.r_[0, np.cumsum(sizes)][:-1].astype(np.int32),
+        np.concatenate(columns).astype(np.int32),
+        np.concatenate(factors),
+    )
+
+
+def _priced(
+    knapsack: Knapsack, linked: Linked, shares: Floats, prices: Floats, link_prices: Floats
+) -> Relaxation:
+    """Return what prices of the rows and of the links prove (Lagrange).
+
+    A variable takes what is best of its range, an entry pays for the links that it tightens.
+    """
+    priced = knapsack.objective + prices @ knapsack.weights
+    size = priced.copy()
+    of_row = np.append(prices, 1.0)  # the objective last, as row -1
+    left = linked.amounts * of_row[linked.rows]
+    parts = []
+    for link, price in zip(linked.links, link_prices.tolist(), strict=True):
+        if price:
+            left[list(link.variables)] -= link.sign * price
+            priced[list(link.entries)] += link.sign * price
+            size[list(link.entries)] += price
+            parts.append(price * link.least)
+    least = np.minimum.reduceat(priced, knapsack.starts[:-1])
+    largest = np.maximum.reduceat(size, knapsack.starts[:-1])
+    spent = float(prices @ knapsack.slack)
+    lost = float(largest.sum()) + spent + float(link_prices.sum() * len(knapsack.starts))
+    parts += [*least, *np.minimum(left * linked.most, 0.0), -spent]
+    return Relaxation(
+        shares=shares,
+        prices=prices,
+        reduced=priced - least[knapsack.units] - _LINKED * (size + largest[knapsack.units]),
+        bound=math.fsum(parts) - _LINKED * lost,
     )

@@ -10,7 +10,7 @@ correlation r, sqrt(sum_ij r_ij sd_i sd_j) <= sum_i sd_i: a budget never holds w
 probability asked, and with more where measurements err independently of each other.
 
 Each budget holds with that probability, not all of them together. What has no interval counts as
-exact: `CostTable.fixed` and the unquantized network that percentages refer to.
+exact: `CostTable.fixed`, joint terms and the unquantized network that percentages refer to.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def at_risk(problem: Problem, risk: float | None, free: Collection[str] = ()) ->
             coefficients=upper_values(table, risk),
             limit=limits[cost],
             fixed=table.fixed,
+            joint=table.joint,
         )
         for cost, table in counted.items()
         if (upper_values(table, risk) > table.values).any()

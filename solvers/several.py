@@ -12,6 +12,7 @@ import numpy as np
 from mpq.core.budgets import Budget, resolved
 from mpq.core.errors import InvalidInputError, MpqWarning, unknown
 from mpq.core.formats import Scheme
+from mpq.core.joint import JointCosts
 from mpq.core.layers import UnitName
 from mpq.core.problem import Allocation, Constraint, Problem
 from mpq.core.tables import Cell, Cells, CostTable, Floats, SensitivityTable
@@ -129,7 +130,20 @@ def _cost(name: str, problems: Mapping[str, Problem], cells: Cells) -> CostTable
         baseline=math.fsum(table.baseline for table in tables.values()),
         weights=sum(counts) if all(counts) else 0,  # of some unknown: of all unknown
         provenance="; ".join(dict.fromkeys(table.provenance for table in tables.values())),
+        joint=_pairs([table.joint for table in tables.values()], problems, cells),
     )
+
+
+def _pairs(
+    parts: Sequence[JointCosts | None], problems: Mapping[str, Problem], cells: Cells
+) -> JointCosts | None:
+    """Return the pairs of cells of all models over the cells of all."""
+    found, begin = [], 0
+    for part, problem in zip(parts, problems.values(), strict=True):
+        if part:
+            found.append(part.moved(cells, begin))
+        begin += len(problem.cells)
+    return JointCosts.summed(found)
 
 
 def _constraints(problems: Mapping[str, Problem], cells: Cells) -> tuple[Constraint, ...]:
@@ -140,7 +154,13 @@ def _constraints(problems: Mapping[str, Problem], cells: Cells) -> tuple[Constra
             coefficients: Floats = np.zeros(len(cells))
             coefficients[begin:end] = row.coefficients
             found.append(
-                replace(row, name=_joint(model, row.name), cells=cells, coefficients=coefficients)
+                replace(
+                    row,
+                    name=_joint(model, row.name),
+                    cells=cells,
+                    coefficients=coefficients,
+                    joint=row.joint and row.joint.moved(cells, begin),
+                )
             )
         begin = end
     return tuple(found)

@@ -99,12 +99,13 @@ def _next_better(
     some = None
     if known.allocation is not None and known.score < optimum.score:
         some = known.allocation.choice(problem.cells)
+    counted = problem.costs[cost]
     least = questions.least(
-        problem.costs[cost].values, others, [below(score, optimum.score)], known=some
+        counted.values, others, [below(score, optimum.score)], joint=counted.joint, known=some
     )
     if least.choice is None:
         return Alternative(proven=least.proven)
-    at_least = Constraint.at_most(problem.costs[cost], problem.total(cost, least.choice))
+    at_least = Constraint.at_most(counted, problem.total(cost, least.choice))
     found = alternative(problem, least.choice, proven=least.proven)
     best = questions.best(others, [at_least], known=found)
     proven = found.proven and best.proven
@@ -155,7 +156,8 @@ def budget_prices(problem: Problem) -> dict[str, float]:
 def _dual_prices(knapsack: Knapsack) -> Floats:
     if not len(knapsack.slack) or not knapsack.objective.any():
         return np.zeros(len(knapsack.slack))
-    if len(knapsack.cells) > FEW_CELLS and len(knapsack.slack) <= _MOST_ROWS:
+    few = len(knapsack.cells) <= FEW_CELLS or knapsack.terms is not None
+    if not few and len(knapsack.slack) <= _MOST_ROWS:
         from solvers.lagrange import maximise_dual
 
         dual = maximise_dual(knapsack)

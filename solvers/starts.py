@@ -47,8 +47,8 @@ def _frontier(
     problem: Problem, additive: Indices, cost: str, points: int
 ) -> Iterator[tuple[str, Indices]]:
     """Yield the additive optimum at each of evenly spaced limits, from the largest down."""
-    values = problem.costs[cost].values
-    least = minimise(problem, values, problem.budgets, time_limit_s=_PROGRAM_S)
+    table, kept = problem.costs[cost], problem.budgets
+    least = minimise(problem, table.values, kept, time_limit_s=_PROGRAM_S, joint=table.joint)
     if least.choice is None:
         return
     high, low = problem.total(cost, additive), problem.total(cost, least.choice)

@@ -24,7 +24,8 @@ class Switches:
     def of(cls, problem: Problem) -> Switches | None:
         """Return the switches of a problem; None where there is one choice at most."""
         everything = np.arange(len(problem.cells))
-        knapsack = fitting(problem, problem.sensitivity.values, problem.rows(), everything)
+        rows = [row.relaxed() for row in problem.rows()]
+        knapsack = fitting(problem, problem.sensitivity.values, rows, everything)
         if knapsack is None or len(knapsack.cells) == len(problem.cells.units):
             return None
         return cls(problem, knapsack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,18 @@ def every_choice(problem: Problem) -> Iterator[np.ndarray]:
         yield np.array(choice, np.int64)
 
 
+def slow_total(problem: Problem, cost: str, choice: np.ndarray) -> float:
+    """Return the total of a cost: fixed part, chosen cells, and pairs that are both chosen."""
+    table, chosen = problem.costs[cost], set(choice.tolist())
+    parts = [float(table.values[i]) for i in choice]
+    if table.joint is not None:
+        for one, other, value in zip(
+            table.joint.first, table.joint.second, table.joint.values, strict=True
+        ):
+            parts += [float(value)] if {int(one), int(other)} <= chosen else []
+    return table.fixed + math.fsum(parts)
+
+
 def brute_force(
     problem: Problem, score: Callable[[Problem, np.ndarray], float] = Problem.score
 ) -> float | None:
@@ -157,6 +170,14 @@ def fast_brute_force(problem: Problem) -> float | None:
             total = np.add.outer(total, values[a:b]).ravel()
         return total
 
+    def both(pair: tuple[int, int]) -> tuple[slice | int, ...]:
+        """Where a pair of cells is in an array of all choices."""
+        places: list[slice | int] = [slice(None)] * len(sizes)
+        for cell in pair:
+            unit = int(np.searchsorted(offsets, cell, side="right")) - 1
+            places[unit] = int(cell - offsets[unit])
+        return tuple(places)
+
     score = sums(problem.sensitivity.values)
     alive = np.ones(len(score), bool)
     unsure = np.zeros(len(score), bool)
@@ -164,14 +185,16 @@ def fast_brute_force(problem: Problem) -> float | None:
     for row in rows:
         total = row.fixed + sums(row.coefficients)
         size = 1e-9 * (abs(row.limit) + abs(row.fixed) + np.abs(row.coefficients).max(initial=0))
+        if row.joint is not None:
+            for one, other, value in zip(
+                row.joint.first, row.joint.second, row.joint.values, strict=True
+            ):
+                total.reshape(sizes)[both((one, other))] += value
+                size += 1e-9 * abs(value)
         alive &= total <= row.limit + size
         unsure |= abs(total - row.limit) <= size
     for pair in problem.forbidden_cells():
-        places: list[slice | int] = [slice(None)] * len(sizes)
-        for cell in pair:
-            unit = int(np.searchsorted(offsets, cell, side="right")) - 1
-            places[unit] = int(cell - offsets[unit])
-        alive.reshape(sizes)[tuple(places)] = False
+        alive.reshape(sizes)[both(pair)] = False
     left = np.flatnonzero(alive)
     for place in left[np.argsort(score[left], kind="stable")]:
         choice = offsets[:-1] + np.array(np.unravel_index(place, sizes), np.int64)

@@ -12,7 +12,7 @@ from mpq.core.budgets import BudgetText
 from mpq.core.constraints import Constraint
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_scheme
-from mpq.core.joint import JointCosts
+from mpq.core.joint import JointCosts, joint_lines
 from mpq.core.problem import Budget, Problem
 from mpq.core.risk import quantile
 from mpq.core.tables import Cells, CostTable, SensitivityTable
@@ -111,3 +111,22 @@ def test_a_uniform_limit_and_a_quantile_count_the_pairs() -> None:
     bare = replace(wide, joint=None)
     choice = np.array([0, 2, 4])
     assert quantile(wide, choice, 0.9) == pytest.approx(quantile(bare, choice, 0.9) - 0.75)
+
+
+def test_what_pairs_add_is_told() -> None:
+    choice = np.array([0, 2, 4])
+    assert joint_lines(latency(), choice) == [
+        "latency: 2 of 3 pairs of cells are taken, -750.0 ms",
+        "  b in int8:int8 with c in int8:int8: -500.0 ms",
+        "  a in int8:int8 with b in int8:int8: -250.0 ms",
+    ]
+    assert joint_lines(latency(), choice, most=1)[2:] == ["  and 1 more"]
+    assert joint_lines(replace(latency(), joint=None), choice) == []
+
+
+def test_no_pair_is_the_same_as_none() -> None:
+    assert replace(latency(), joint=joint([], [], [])).joint is None
+    assert JointCosts.summed([None, joint([], [], [])]) is None
+    both = JointCosts.summed([latency().joint, None, joint([0], [2], [1.0])])
+    assert both is not None
+    assert both.values.tolist() == [0.75, 0.125, -0.5]

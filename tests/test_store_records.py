@@ -17,6 +17,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import Evaluation
 from mpq.core.formats import Format, Scheme, parse_scheme
 from mpq.core.jobs import JobSpec
+from mpq.core.joint import JointCosts
 from mpq.core.layers import Convolution, Layer, LayerGraph, Unit, Unsearched
 from mpq.core.problem import Allocation, Budget, Infeasibility, Solution, Status
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
@@ -165,6 +166,22 @@ def test_costs_come_back_exactly(store: Store, run_id: str, baseline: float) -> 
     for table in tables.values():
         store.put_cost(run_id, table)
     assert same(store.costs(run_id), tables)
+
+
+def test_costs_of_pairs_come_back_exactly(store: Store, run_id: str) -> None:
+    pairs = JointCosts(
+        cells=CELLS,
+        first=np.array([9, 0, 3]),
+        second=np.array([1, 4, 5]),
+        values=np.array([-0.1, 1 / 3, 5e-324]),
+    )
+    tables = {"latency": dataclasses.replace(cost(), joint=pairs), "memory": cost("memory")}
+    for table in tables.values():
+        store.put_cost(run_id, table)
+    assert same(store.costs(run_id), tables)
+    bare = dataclasses.replace(tables["latency"], joint=None)
+    store.put_cost(run_id, bare)
+    assert same(store.costs(run_id), {**tables, "latency": bare})
 
 
 def test_putting_again_replaces(store: Store, run_id: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.joint import JointCosts, joined_sum
+from mpq.core.joint import JointCosts, checked_joint, joined_sum
 from mpq.core.tables import Cell, Cells, CostTable, Floats, Indices, checked
 
 
@@ -30,8 +30,7 @@ class Constraint:
 
     def __post_init__(self) -> None:
         what = f"constraint {self.name!r}"
-        if self.joint is not None and self.joint.cells != self.cells:
-            raise InvalidInputError("cells", f"the joint part of {what} is over other cells")
+        object.__setattr__(self, "joint", checked_joint(what, self.cells, self.joint))
         object.__setattr__(self, "coefficients", checked(what, self.cells, self.coefficients))
         if not (math.isfinite(self.limit) and math.isfinite(self.fixed)):
             raise InvalidInputError(
@@ -69,7 +68,7 @@ class Constraint:
             coefficients=-cost.values,
             limit=-limit,
             fixed=-cost.fixed,
-            joint=None if cost.joint is None else cost.joint.scaled(-1.0),
+            joint=cost.joint and cost.joint.scaled(-1.0),
         )
 
     def total(self, choice: Indices) -> float:
@@ -80,7 +79,27 @@ class Constraint:
         """Tell whether a choice of cells meets it."""
         return self.total(choice) <= self.limit
 
+    def relaxed(self) -> Constraint:
+        """Return a condition without joint terms that every choice meets which meets this one.
+
+        Each cell is granted half of the largest saving that it can have with each other unit.
+        """
+        if not self.joint:
+            return self
+        joint, saved = self.joint, np.zeros(len(self.cells))
+        for one, other in ((joint.first, joint.second), (joint.second, joint.first)):
+            units = np.searchsorted(self.cells.offsets, other, "right") - 1
+            order = np.lexsort((joint.values, units, one))
+            begins = np.flatnonzero(
+                (np.diff(one[order], prepend=-1) != 0) | (np.diff(units[order], prepend=-1) != 0)
+            )
+            largest = order[begins]
+            np.add.at(saved, one[largest], np.minimum(joint.values[largest], 0.0) / 2)
+        rounding = 4 * np.spacing(np.abs(self.coefficients) + np.abs(saved)) * len(joint)
+        lowered = np.where(saved < 0, self.coefficients + saved - rounding, self.coefficients)
+        return replace(self, coefficients=lowered, joint=None)
+
     def restrict(self, cells: Cells, numbers: Indices) -> Constraint:
         """Return the condition over fewer cells (see `Cells.restrict`)."""
-        joint = None if self.joint is None else self.joint.restrict(cells, numbers)
+        joint = self.joint and self.joint.restrict(cells, numbers)
         return replace(self, cells=cells, coefficients=self.coefficients[numbers], joint=joint)

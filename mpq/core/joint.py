@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.quantities import quantity
 from mpq.core.sums import exact_sum
 
+Mask = npt.NDArray[np.bool_]
+
 if TYPE_CHECKING:
-    from mpq.core.tables import Cell, Cells, Floats, Indices
+    from mpq.core.tables import Cell, Cells, CostTable, Floats, Indices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,40 @@ class JointCosts:
             cells=self.cells, first=self.first, second=self.second, values=factor * self.values
         )
 
+    @classmethod
+    def summed(cls, parts: Iterable[JointCosts | None]) -> JointCosts | None:
+        """Return the terms of several costs over the same cells together; None for none."""
+        found = [part for part in parts if part]
+        if len(found) < 2:
+            return found[0] if found else None
+        return cls(
+            cells=found[0].cells,
+            first=np.concatenate([part.first for part in found]),
+            second=np.concatenate([part.second for part in found]),
+            values=np.concatenate([part.values for part in found]),
+        )
+
+    def moved(self, cells: Cells, begin: int) -> JointCosts:
+        """Return the terms over more cells, of which its own are those from `begin` on."""
+        return JointCosts(
+            cells=cells,
+            first=self.first + begin,
+            second=self.second + begin,
+            values=self.values,
+        )
+
+    def among(self, cells: Mask) -> JointCosts | None:
+        """Return the terms of which both cells are in a mask (num_cells,); None for none."""
+        kept = cells[self.first] & cells[self.second]
+        if not kept.any():
+            return None
+        return JointCosts(
+            cells=self.cells,
+            first=self.first[kept],
+            second=self.second[kept],
+            values=self.values[kept],
+        )
+
     def restrict(self, cells: Cells, numbers: Indices) -> JointCosts | None:
         """Return the terms over fewer cells (see `Cells.restrict`); None where none is left."""
         new = np.full(len(self.cells), -1)
@@ -118,6 +155,33 @@ class JointCosts:
         return JointCosts(
             cells=cells, first=first[kept], second=second[kept], values=self.values[kept]
         )
+
+
+def checked_joint(what: str, cells: Cells, joint: JointCosts | None) -> JointCosts | None:
+    """Return joint costs over these cells, None for no pair; raises InvalidInputError (`cells`)."""
+    if joint is not None and joint.cells is not cells and joint.cells != cells:
+        raise InvalidInputError("cells", f"the joint costs of {what} are over other cells than it")
+    return joint or None
+
+
+def joint_lines(table: CostTable, choice: Indices, most: int = 10) -> list[str]:
+    """Return for people what pairs of cells add to a cost, the largest `most` one by one."""
+    joint = table.joint
+    if joint is None:
+        return []
+    cells = list(joint.cells)
+    chosen = set(np.asarray(choice).tolist())
+    terms = zip(joint.first.tolist(), joint.second.tolist(), joint.values.tolist(), strict=True)
+    taken = [(i, j, value) for i, j, value in terms if i in chosen and j in chosen]
+    taken.sort(key=lambda term: -abs(term[2]))
+    total = quantity(joint.total(choice), table.unit)
+    lines = [f"{table.name}: {len(taken):,} of {len(joint):,} pairs of cells are taken, {total}"]
+    for i, j, value in taken[:most]:
+        one, other = (f"{unit} in {scheme}" for unit, scheme in (cells[i], cells[j]))
+        lines.append(f"  {one} with {other}: {quantity(value, table.unit)}")
+    if len(taken) > most:
+        lines.append(f"  and {len(taken) - most:,} more")
+    return lines
 
 
 def joined_sum(values: Floats, joint: JointCosts | None, choice: Indices) -> float:

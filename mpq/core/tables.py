@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme
-from mpq.core.joint import JointCosts, joined_sum
+from mpq.core.joint import JointCosts, checked_joint, joined_sum
 from mpq.core.layers import UnitName
 from mpq.core.shrinkage import shrunk_products
 
@@ -223,10 +223,8 @@ class CostTable:
     joint: JointCosts | None = None
 
     def __post_init__(self) -> None:
-        if self.joint is not None and self.joint.cells != self.cells:
-            raise InvalidInputError(
-                "cells", f"the joint costs of cost {self.name!r} are over other cells than it"
-            )
+        joint = checked_joint(f"cost {self.name!r}", self.cells, self.joint)
+        object.__setattr__(self, "joint", joint)
         for part in ("values", "low", "high"):
             array = checked(f"cost {self.name!r}", self.cells, getattr(self, part))
             if (array < 0).any():
@@ -303,7 +301,7 @@ class CostTable:
             values=self.values[numbers],
             low=self.low[numbers],
             high=self.high[numbers],
-            joint=None if self.joint is None else self.joint.restrict(cells, numbers),
+            joint=self.joint and self.joint.restrict(cells, numbers),
         )
 
 

@@ -135,6 +135,24 @@ class CostCellRow(Base):
     high: Mapped[float]
 
 
+class JointCostRow(Base):
+    """What two cells of a cost table cost together, by their positions in it."""
+
+    __tablename__ = "joint_costs"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["run_id", "name"], ["costs.run_id", "costs.name"], ondelete="CASCADE"
+        ),
+        {"sqlite_with_rowid": False},
+    )
+
+    run_id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    first: Mapped[int] = mapped_column(primary_key=True)
+    second: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseAxis:
     """The cells of responses in order, and how far their pairs are trusted."""

@@ -9,11 +9,20 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import unknown
+from mpq.core.joint import JointCosts
 from mpq.core.problem import Problem
 from mpq.core.tables import Cells, CostTable, Floats, Responses, SensitivityTable
 from mpq.store.arrays import npy_array, npy_bytes
 from mpq.store.cells import CellText, cell_texts, cells_of
-from mpq.store.models import CostCellRow, CostRow, ResponseAxis, ResponsesRow, RunRow, ScoreRow
+from mpq.store.models import (
+    CostCellRow,
+    CostRow,
+    JointCostRow,
+    ResponseAxis,
+    ResponsesRow,
+    RunRow,
+    ScoreRow,
+)
 from mpq.store.runs import not_stored
 
 _ROWS_AT_ONCE = 10_000  # a million cells are not a million dicts at once
@@ -95,6 +104,15 @@ def put_cost(session: Session, run_id: str, table: CostTable) -> None:
     )
     columns = {"value": table.values, "low": table.low, "high": table.high}
     _insert_cells(session, CostCellRow, shared, table.cells, columns)
+    if table.joint:
+        parts = (table.joint.first, table.joint.second, table.joint.values)
+        pairs = list(zip(*(part.tolist() for part in parts), strict=True))
+        for start in range(0, len(pairs), _ROWS_AT_ONCE):
+            rows = [
+                {**shared, "first": first, "second": second, "value": value}
+                for first, second, value in pairs[start : start + _ROWS_AT_ONCE]
+            ]
+            session.execute(insert(JointCostRow), rows)
 
 
 def costs(session: Session, run_id: str, read: CellReader) -> dict[str, CostTable]:
@@ -125,10 +143,11 @@ def costs(session: Session, run_id: str, read: CellReader) -> dict[str, CostTabl
             .order_by(CostCellRow.position)
         ).all()
         numbers = np.array([row[2:] for row in cells], np.float64).reshape(-1, 3)
+        axis = read((row[0], row[1]) for row in cells)
         found[name] = CostTable(
             name=name,
             unit=unit,
-            cells=read((row[0], row[1]) for row in cells),
+            cells=axis,
             values=numbers[:, 0],
             low=numbers[:, 1],
             high=numbers[:, 2],
@@ -136,8 +155,22 @@ def costs(session: Session, run_id: str, read: CellReader) -> dict[str, CostTabl
             baseline=baseline,
             weights=weights,
             provenance=provenance,
+            joint=_joint(session, run_id, name, axis),
         )
     return found
+
+
+def _joint(session: Session, run_id: str, name: str, cells: Cells) -> JointCosts | None:
+    """Return what pairs of cells add to a cost, None where they add nothing."""
+    rows = session.execute(
+        select(JointCostRow.first, JointCostRow.second, JointCostRow.value)
+        .where(JointCostRow.run_id == run_id, JointCostRow.name == name)
+        .order_by(JointCostRow.first, JointCostRow.second)
+    ).all()
+    if not rows:
+        return None
+    first, second, values = map(np.array, zip(*rows, strict=True))
+    return JointCosts(cells=cells, first=first, second=second, values=values)
 
 
 def put_responses(session: Session, run_id: str, responses: Responses) -> None:
