@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Literal
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
@@ -51,6 +52,7 @@ class JobSpec:
     calibration: str
     held_out: str | None = None
     sample: str | None = None
+    profiles: dict[str, Profile] = field(default_factory=dict)
     evaluate: str | None = None
     loss: str | None = None
     divergence: Divergence = "auto"
@@ -94,6 +96,7 @@ class JobSpec:
                 raise InvalidInputError(
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
+        object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         if self.study is not None and self.solver not in _WITH_STUDY:
