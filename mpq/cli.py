@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -172,7 +172,7 @@ def deploy_run(
 
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
-        given = {"model": model, "calibration": calibration, "sample": sample}
+        given: dict[str, Any] = {"model": model, "calibration": calibration, "sample": sample}
         made = result.deploy(to, out, seconds=seconds, **given)
         typer.echo(json.dumps(made.view(), indent=2) if as_json else "\n".join(made.lines()))
 

@@ -146,7 +146,9 @@ class Hardware:
     ) -> str:
         """Return why one of the shapes of a layer has no kernel, "" where all have one."""
         reasons = [kernels.why_not(shape, scheme) for shape in self._shapes(layer)]
-        names = [f" (profile {name!r})" for name in self._served] or [""]
+        if len(set(reasons)) == 1:
+            return reasons[0]
+        names = [f" (profile {name!r})" for name in self._served]
         told = (reason + name for reason, name in zip(reasons, names, strict=True) if reason)
         return next(told, "")
 
