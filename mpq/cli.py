@@ -123,6 +123,10 @@ def plan_here(
     sample: Annotated[
         str | None, typer.Option(help="Entry point of a batch, for other than language models.")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="What fits keeps it, e.g. 'decode <= 20 ms'; may repeat."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell bytes and modelled times of a network on a machine; loads no weights."""
@@ -140,6 +144,7 @@ def plan_here(
         memory=memory,
         skip=skip or (),
         sample=sample,
+        budgets=budget or (),
     )
     print_plan(found, as_json)
 

@@ -60,7 +60,7 @@ def served_profiles(
     """
     return {
         name: Served(
-            graph=_traced(name, model, batch, graph, skip),
+            graph=traced(name, model, batch, graph, skip),
             sample=batch,
             weight=profiles[name].weight,
         )
@@ -68,9 +68,10 @@ def served_profiles(
     }
 
 
-def _traced(
+def traced(
     name: str, model: nn.Module, batch: Batch, graph: LayerGraph, skip: Sequence[str]
 ) -> LayerGraph:
+    """Return the layers as they run on the batch of a profile, under the units of `graph`."""
     with evaluating(model), torch.no_grad():
         checked_call(model, batch, f"profile {name!r}", finite=False)
     try:
