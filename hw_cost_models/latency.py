@@ -23,6 +23,7 @@ _TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory th
 # A known time whose half-width is a larger share of it is measured again. The drift between
 # processes, which no measurement narrows, takes up to 0.12 (a kernel that waits for memory).
 _WIDE = 0.15
+_Wanted = tuple[KernelBackend, Layer, Scheme]
 
 
 class MeasuredLatency:
@@ -78,14 +79,23 @@ class MeasuredLatency:
         first call. Experts that stay as they are count nothing, like all that has no kernel.
         Raises InvalidInputError (`no_kernel`) for a cell without a real kernel.
         """
-        backend = self._backend(network_weights=_size(graph))
+        return self.tables({self.name: graph}, cells)[self.name]
+
+    def tables(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
+        """Return the table of each graph, by its name; all kernels are timed side by side.
+
+        The graphs are one network on samples of several shapes.
+        """
+        served = {
+            name: (self._backend(network_weights=_size(graph)), graph)
+            for name, graph in graphs.items()
+        }
+        self._measure([one for given in served.values() for one in self._wanted(*given, cells)])
+        return {name: self._table(name, *given, cells) for name, given in served.items()}
+
+    def _wanted(self, backend: KernelBackend, graph: LayerGraph, cells: Cells) -> list[_Wanted]:
         units = _layers_by_unit(graph)
-        searched = {layer.name for layers in units.values() for layer in layers}
-        outside = [
-            layer
-            for layer in graph.layers
-            if layer.name not in searched and layer.calls and not backend.why_not(layer, _NATIVE)
-        ]
+        outside = _outside(backend, graph)
         inside = (la for layers in units.values() for la in layers if la.kind != "experts")
         native = [(layer, _NATIVE) for layer in (*outside, *inside)]
         in_cells = [
@@ -94,12 +104,17 @@ class MeasuredLatency:
             for layer in units[unit]
             if not _untimed(layer, scheme)
         ]
-        self._measure(backend, [*native, *in_cells])
+        return [(backend, layer, scheme) for layer, scheme in (*native, *in_cells)]
+
+    def _table(
+        self, name: str, backend: KernelBackend, graph: LayerGraph, cells: Cells
+    ) -> CostTable:
+        units = _layers_by_unit(graph)
         sums = np.array([self._sum(backend, units[unit], scheme) for unit, scheme in cells])
-        fixed = self._sum(backend, outside, _NATIVE)[0]
+        fixed = self._sum(backend, _outside(backend, graph), _NATIVE)[0]
         searched_s = sum(self._sum(backend, layers, _NATIVE)[0] for layers in units.values())
         return CostTable(
-            name=self.name,
+            name=name,
             unit="s",
             cells=cells,
             values=sums[:, 0],
@@ -140,9 +155,12 @@ class MeasuredLatency:
             sum(calls * latency.high_s for latency, calls in parts),
         )
 
-    def _measure(self, backend: KernelBackend, wanted: Sequence[tuple[Layer, Scheme]]) -> None:
+    def _measure(self, wanted: Sequence[_Wanted]) -> None:
         """Time each kernel that has no good time yet; all schemes of a shape side by side."""
-        cases = {backend.case(layer, scheme): (layer, scheme) for layer, scheme in wanted}
+        cases = {
+            backend.case(layer, scheme): (backend, layer, scheme)
+            for backend, layer, scheme in wanted
+        }
         missing, wide = cases.keys() - self.latencies.keys(), cases.keys() & self._wide
         self._wide -= wide
         new = sorted(missing | wide, key=lambda c: (c.shape, c.kernel))
@@ -157,7 +175,11 @@ class MeasuredLatency:
 
             budget_s = whole_s * share
             start_s = time.monotonic()
-            ops, reference = [backend.op(*cases[case]) for case in part], backend.reference()
+            ops = [
+                backend.op(layer, scheme)
+                for backend, layer, scheme in (cases[case] for case in part)
+            ]
+            reference = wanted[0][0].reference()
             budget_s = max(budget_s - (time.monotonic() - start_s), budget_s / 2)
             stopwatch = replace(self._stopwatch, budget_s=budget_s)
             measured = stopwatch.measure(ops, reference, self.device, progress)
@@ -181,6 +203,16 @@ def noise_note(table: CostTable) -> str:
         f"{wide} of {len(share)} times are uncertain by more than {_WIDE:.0%}, most that of "
         f"{unit!r} in {scheme} ({worst:.0%}): the next search measures their noisy kernels again"
     )
+
+
+def _outside(backend: KernelBackend, graph: LayerGraph) -> list[Layer]:
+    """Return the layers that no choice changes and that have a kernel as they are."""
+    searched = {name for unit in graph.units for name in unit.layers}
+    return [
+        layer
+        for layer in graph.layers
+        if layer.name not in searched and layer.calls and not backend.why_not(layer, _NATIVE)
+    ]
 
 
 def _untimed(layer: Layer, scheme: Scheme) -> bool:

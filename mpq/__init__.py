@@ -28,6 +28,7 @@ from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.least_cost import LeastCost
 from mpq.core.plan import Plan, PlanRow
 from mpq.core.problem import Allocation, Budget, Problem, Solution, Status
+from mpq.core.profiles import Profile
 from mpq.core.referee import MetricVerdict, RefereeReport
 from mpq.core.shadow import Alternative, ShadowPrice, ShadowPrices
 from mpq.core.stability import Stability
@@ -90,6 +91,7 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Problem",
+    "Profile",
     "RefereeReport",
     "Responses",
     "RunFailedError",

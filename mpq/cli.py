@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -123,6 +123,10 @@ def plan_here(
     sample: Annotated[
         str | None, typer.Option(help="Entry point of a batch, for other than language models.")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="What fits keeps it, e.g. 'decode <= 20 ms'; may repeat."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell bytes and modelled times of a network on a machine; loads no weights."""
@@ -140,6 +144,7 @@ def plan_here(
         memory=memory,
         skip=skip or (),
         sample=sample,
+        budgets=budget or (),
     )
     print_plan(found, as_json)
 
@@ -174,7 +179,7 @@ def deploy_run(
 
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
-        given = {"model": model, "calibration": calibration, "sample": sample}
+        given: dict[str, Any] = {"model": model, "calibration": calibration, "sample": sample}
         path = out or Path("model.onnx" if to == "onnxruntime" else "model.pt")
         made = result.deploy(to, path, seconds=seconds, **given)
         typer.echo(json.dumps(made.view(), indent=2) if as_json else "\n".join(made.lines()))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from hw_cost_models import COST_MODELS, get_cost_model, get_hardware, get_kernels, is_local
-from hw_cost_models.latency import MeasuredLatency
+from hw_cost_models.latency import MeasuredLatency, noise_note
+from hw_cost_models.measured.backend import KernelBackend
 from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
@@ -13,10 +18,12 @@ from mpq.core.formats import Format, PerGroup, Scheme, native_scheme, parse_sche
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.problem import BudgetText
+from mpq.core.profiles import weighted_latency
 from mpq.core.protocols import LatencyModel
 from mpq.core.tables import Cells, CostTable
 from mpq.nn.batches import Batch
 from mpq.nn.workload import Workload
+from mpq.profiles import Served, with_ranges
 from mpq.progress import Progress
 from mpq.store.store import Store
 
@@ -30,6 +37,7 @@ _OF_EXPERTS = (
     ("int2g32a",),
 )
 _NOTHING = "in none that is not wider than its weights: leave it out with skip"
+LATENCY = "latency"  # the time on the sample, or the mean of all profiles
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
 
@@ -41,11 +49,13 @@ _WHILE_RUNNING = ("resident", "peak")
 class Hardware:
     """The schemes that a machine's kernels run and the time they take: measured, or modelled.
 
-    Where latency is budgeted or minimised, and always on a machine that is not this one, a scheme
+    Where a time is budgeted or minimised, and always on a machine that is not this one, a scheme
     without a real kernel (or a time) is not offered to a layer, and `left_out` says why; without
     one every scheme that can be stored is offered. `beside(cost)` returns the options of the
-    models of what is in memory while the network runs. Raises InvalidInputError for hardware or a
-    cost to minimise that is unknown.
+    models of what is in memory while the network runs. With profiles (`served`) each has a time
+    of its own, a scheme is offered where all of them have its kernels, and "latency" is their
+    weighted mean; without, it is the time on the sample. Raises InvalidInputError for hardware, a
+    budgeted cost or one to minimise that is unknown.
     """
 
     def __init__(
@@ -55,21 +65,25 @@ class Hardware:
         store: Store,
         progress: Progress,
         beside: Callable[[str], Mapping[str, int]] = lambda _: {},
+        served: Mapping[str, Served] | None = None,
     ) -> None:
+        self._served = served or {}
+        self._layers = [one.graph.by_name for one in self._served.values()]
         self._hardware = spec.hardware
         self._model: LatencyModel | None = None
-        self._measured: MeasuredLatency | None = None
+        self._kernel_times: MeasuredLatency | None = None
         if is_local(spec.hardware):
             self._kernels = get_kernels(spec.hardware, num_threads=_NUM_THREADS)
             self.device = self._kernels.device
         else:
             self._model = get_hardware(spec.hardware)
             self.device = self._model.provenance
-        for cost in spec.minimised:
-            if cost not in COST_MODELS:
-                raise unknown("cost", cost, COST_MODELS)
-        self._named = {*spec.minimised, *(budget.cost for budget in budgets)}
-        self.times_matter = self._model is not None or "latency" in self._named
+        self._named = [*spec.minimised, *(budget.cost for budget in budgets)]
+        for cost in self._named:
+            if cost not in COST_MODELS and cost not in self._served:
+                raise unknown("cost", cost, {*COST_MODELS, *self._served})
+        timed = {LATENCY, *self._served} & set(self._named)
+        self.times_matter = self._model is not None or bool(timed)
         self.left_out: list[str] = []
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
         self._seed = spec.seed
@@ -107,7 +121,14 @@ class Hardware:
         return "this machine" if self._model is None else "it"
 
     def _offered(self, layer: Layer) -> Sequence[Scheme]:
-        return (self._model or self._kernels).schemes(layer)
+        kernels = self._model or self._kernels
+        first, *others = self._shapes(layer)
+        offered = kernels.schemes(first)
+        return [s for s in offered if not any(kernels.why_not(other, s) for other in others)]
+
+    def _shapes(self, layer: Layer) -> list[Layer]:
+        """Return a layer as it is timed: as each profile runs it, or as the sample does."""
+        return [layers[layer.name] for layers in self._layers] or [layer]
 
     def _why_not(self, layer: Layer, scheme: Scheme) -> str:
         if layer.why_weights_only and not scheme.activations.is_native:
@@ -116,17 +137,28 @@ class Hardware:
                 f"activations to quantize"
             )
         if self._model is not None:
-            return self._model.why_not(layer, scheme)
+            return self._no_kernel(self._model, layer, scheme)
         if layer.kind == "experts" and scheme == native_scheme(layer.native_family):
             return ""  # its time is outside of all that is measured
-        return self._kernels.why_not(layer, scheme) if self.times_matter else ""
+        return self._no_kernel(self._kernels, layer, scheme) if self.times_matter else ""
+
+    def _no_kernel(
+        self, kernels: LatencyModel | KernelBackend, layer: Layer, scheme: Scheme
+    ) -> str:
+        """Return why one of the shapes of a layer has no kernel, "" where all have one."""
+        reasons = [kernels.why_not(shape, scheme) for shape in self._shapes(layer)]
+        if len(set(reasons)) == 1:
+            return reasons[0]
+        names = [f" (profile {name!r})" for name in self._served]
+        told = (reason + name for reason, name in zip(reasons, names, strict=True) if reason)
+        return next(told, "")
 
     def tables(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
         """Return memory and BOPs of every cell, and what else is budgeted.
 
-        Measured latency only where it is budgeted, that of another machine always. Kernels
-        already timed on this device are read from the database; each new time is in it as soon as
-        it is known.
+        Measured times only where one is budgeted, those of another machine always; then of every
+        profile, and "latency". Kernels already timed on this device are read from the database;
+        each new time is in it as soon as it is known.
         """
         names = [*_ALWAYS, *(name for name in _WHERE_NAMED if name in self._named)]
         tables = [get_cost_model(name).table(graph, cells) for name in names]
@@ -135,11 +167,47 @@ class Hardware:
             for name in _WHILE_RUNNING
             if name in self._named
         ]
-        if self._model is not None:
-            tables.append(self._model.table(graph, cells))
-        elif self.times_matter:
-            tables.append(self._latency(graph, cells))
-        return {table.name: table for table in tables}
+        found = {table.name: table for table in tables}
+        if not self.times_matter:
+            return found
+        graphs = {name: with_ranges(one.graph, graph) for name, one in self._served.items()}
+        return found | self._with_mean(self._times(graphs or {LATENCY: graph}, cells))
+
+    def _times(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
+        model = self._model
+        if model is None:
+            return self._measured(graphs, cells)
+        return {name: replace(model.table(g, cells), name=name) for name, g in graphs.items()}
+
+    def _with_mean(self, times: Mapping[str, CostTable]) -> dict[str, CostTable]:
+        """Return the tables of all profiles and their mean; without profiles that of the sample."""
+        if not self._served:
+            return dict(times)
+        weights = {name: one.weight for name, one in self._served.items()}
+        return {**times, LATENCY: weighted_latency(times, weights)}
+
+    def remarks(self, costs: Mapping[str, CostTable]) -> list[tuple[str, str]]:
+        """Return what the log of a run says of its times, each with its kind."""
+        if not self.times_matter:
+            untimed = ", ".join(self._served)
+            return [(LATENCY, f"no time is budgeted: not taken of {untimed}")] if untimed else []
+        notes = {name: noise_note(costs[name]) for name in self._served or (LATENCY,)}
+        found = [
+            ("noisy", f"{name}: {note}" if self._served else note)
+            for name, note in notes.items()
+            if note
+        ]
+        for one, other in itertools.combinations(self._served, 2):
+            shapes = {self._served[name].graph.sample for name in (one, other)}
+            if len(shapes) > 1 and np.array_equal(costs[one].values, costs[other].values):
+                found.append(
+                    (
+                        LATENCY,
+                        f"{one} and {other} take the same time, whatever their shapes, in "
+                        f"{costs[one].provenance}",
+                    )
+                )
+        return found
 
     def whole_network(
         self,
@@ -148,43 +216,51 @@ class Hardware:
         sample: Batch,
         log: Callable[[str, str], None],
     ) -> dict[str, CostTable]:
-        """Return the measured latency table with the rest of the network, {} where it has none.
+        """Return the measured tables with the rest of the network, {} where there are none.
 
-        Why a network has none is logged; the table then is of the layers that have a kernel.
+        Why a network has no rest is logged; the table then is of the layers that have a kernel.
         """
-        table = tables.get("latency")
-        if table is None or table.provenance != f"measured on {self.device}":
+        if not self.times_matter or self._model is not None:
             return {}
         from mpq.deploy.target import TARGETS, get_target
         from mpq.deploy.whole import WholeNetwork, with_whole
 
         target = self._hardware.partition(":")[2] or BACKEND
         if target not in TARGETS:
-            log("latency", f"of the searched layers only: {self._hardware} times no whole network")
+            log(LATENCY, f"of the searched layers only: {self._hardware} times no whole network")
             return {}
-        assert self._measured is not None
-        network = WholeNetwork(
-            target=get_target(target),
-            model=workload.model,
-            graph=workload.graph,
-            sample=sample,
-            calibration=workload.calibration,
-            store=self._store,
-            seconds=self._seconds / 4,
-            seed=self._seed,
-        )
-        try:
-            with self._progress.stage("network latency", 1) as advance:
-                parts = self._measured.parts(workload.graph, table.cells)
-                found = with_whole(table, parts, network, seed=self._seed)
+        graphs = {
+            n: (with_ranges(s.graph, workload.graph), s.sample) for n, s in self._served.items()
+        }
+        graphs = graphs or {LATENCY: (workload.graph, sample)}
+        times = {name: tables[name] for name in graphs}
+        assert self._kernel_times is not None
+        with self._progress.stage("network latency", len(graphs)) as advance:
+            for name, (graph, batch) in graphs.items():
+                network = WholeNetwork(
+                    target=get_target(target),
+                    model=workload.model,
+                    graph=graph,
+                    sample=batch,
+                    calibration=workload.calibration,
+                    store=self._store,
+                    seconds=self._seconds / 4 / len(graphs),
+                    seed=self._seed,
+                )
+                try:
+                    parts = self._kernel_times.parts(graph, tables[name].cells)
+                    times[name] = with_whole(tables[name], parts, network, seed=self._seed)
+                except Exception as error:  # whatever an exporter does: layers' times are right
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    of = f"{name}: " if self._served else ""
+                    log(
+                        LATENCY,
+                        f"{of}of the searched layers only, not of the whole network: {reason}",
+                    )
                 advance()
-        except Exception as error:  # whatever an exporter does: the layers' times are still right
-            reason = " ".join(str(error).split()) or type(error).__name__
-            log("latency", f"of the searched layers only, not of the whole network: {reason}")
-            return {}
-        return {"latency": found}
+        return self._with_mean(times)
 
-    def _latency(self, graph: LayerGraph, cells: Cells) -> CostTable:
+    def _measured(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
         steps = 100
         done = 0
         with self._progress.stage("kernel latency", steps) as advance:
@@ -195,7 +271,7 @@ class Hardware:
                     done += 1
                     advance()
 
-            self._measured = MeasuredLatency(
+            self._kernel_times = MeasuredLatency(
                 hardware=self._hardware,
                 num_threads=_NUM_THREADS,
                 budget_s=self._seconds,
@@ -204,9 +280,9 @@ class Hardware:
                 seed=self._seed,
                 progress=listen,
             )
-            table = self._measured.table(graph, cells)
+            tables = self._kernel_times.tables(graphs, cells)
             listen(1.0)
-        return table
+        return tables
 
 
 def _without_kernel(layer: Layer) -> tuple[Scheme, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.limits import Limit
+from mpq.core.profiles import Profile
 from mpq.models import load_batches, load_function, load_model
 from mpq.nn.batches import Batch, ambiguity, check_batches, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
@@ -26,6 +28,7 @@ from mpq.nn.patch import evaluating
 from mpq.nn.quality import QUALITIES, Quality, degradations, get_quality
 from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
 from mpq.nn.workload import Evaluate, Loss, Workload
+from mpq.profiles import Served, profile_batches, served_profiles
 
 _ZERO = 1e-5  # what rounding may leave of the difference of equal outputs
 
@@ -41,6 +44,7 @@ class Given:
     loss: Loss | None = None
     evaluate: Evaluate | None = None
     quality: Mapping[str, Quality] = field(default_factory=dict)
+    profiles: Mapping[str, Batch] = field(default_factory=dict)
 
 
 def load(
@@ -52,10 +56,11 @@ def load(
     loss: Any = None,
     evaluate: Any = None,
     quality: Mapping[str, Any] | None = None,
+    profiles: Mapping[str, Profile] | None = None,
 ) -> Given:
     """Load whatever is an entry point and check that batches are batches."""
     held_out = load_batches(held_out, "held_out")
-    return Given(
+    given = Given(
         model=load_model(model),
         calibration=check_batches("calibration", load_batches(calibration, "calibration")),
         held_out=() if held_out is None else check_batches("held_out", held_out),
@@ -64,6 +69,8 @@ def load(
         evaluate=load_function(evaluate, "evaluate"),
         quality=_load_qualities(quality or {}),
     )
+    batches = profile_batches(profiles or {}, partial(sample_of, given))
+    return replace(given, profiles=batches)
 
 
 def _load_qualities(sources: Mapping[str, Any]) -> dict[str, Quality]:
@@ -89,6 +96,11 @@ def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
     return build_graph(
         given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
     )
+
+
+def served_of(spec: JobSpec, given: Given, graph: LayerGraph) -> dict[str, Served]:
+    """Trace the network on each profile of the job."""
+    return served_profiles(given.model, given.profiles, spec.profiles, graph, spec.skip)
 
 
 def make_workload(

@@ -11,6 +11,7 @@ from typing import Any
 
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.jobs import JobSpec, given_groups
+from mpq.core.profiles import given_profiles
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobSpec:
@@ -65,6 +66,8 @@ def parse_job(content: Mapping[str, Any], where: str = "job") -> JobSpec:
         given = dict(content)
         if given.get("minimise") is not None:
             given.setdefault("budgets", ())
+        if "profiles" in given:
+            given["profiles"] = given_profiles(given["profiles"])
         if "quality_groups" in given:
             given["quality_groups"] = given_groups(given["quality_groups"])
         return pydantic.TypeAdapter(JobSpec).validate_python(given)

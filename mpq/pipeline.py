@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -22,14 +20,14 @@ from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
 from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
+from mpq.core.profiles import Profile, given_profiles
 from mpq.core.protocols import Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled
 from mpq.evaluate import Candidate, check_evaluate, measure
-from mpq.export.packed import write_packed
 from mpq.frontiers import keep_frontiers
-from mpq.intake import Given, graph_of, load, make_workload, sample_of
+from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
@@ -42,6 +40,7 @@ from mpq.store.store import Store, open_store
 from mpq.tasks import Workers
 from mpq.trials import check_trials, searching
 from mpq.warned import warnings_kept
+from mpq.weigh import weigh
 from sensitivity import get_metric
 from solvers import get_solver
 from solvers.risk import at_risk
@@ -62,6 +61,7 @@ def search(
     evaluate: Any = None,
     held_out: Any = None,
     sample: Any = None,
+    profiles: Mapping[str, Profile] | None = None,
     divergence: Divergence = "auto",
     skip: Sequence[str] = (),
     pin: Mapping[str, str] | None = None,
@@ -93,8 +93,11 @@ def search(
     `model` is an nn.Module, "package.module:factory" or a Hugging Face directory; `calibration`
     and `held_out` are lists of batches or entry points of functions that return them; `sample`
     is one batch of the shape that will be served (default: one calibration sample), which MACs
-    and latency are for. Budgets are texts such as "memory <= 60%", "latency <= 3 ms",
-    "memory <= uniform int4" or Budget records. `schemes` defaults to what the hardware runs:
+    and latency are for. `profiles` such as {"prefill": Profile(tokens=512), "decode":
+    Profile(tokens=1, weight=64.0)} are the shapes of a network that is served in several: each
+    is a cost by its name ("decode <= 20 ms"), and latency is their weighted mean. Budgets are
+    texts such as "memory <= 60%", "latency <= 3 ms", "memory <= uniform int4" or Budget records.
+    `schemes` defaults to what the hardware runs:
     "local" is this machine, measured; "roofline:H100" a model of one that is not here,
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
@@ -130,6 +133,7 @@ def search(
         raise InvalidInputError("pin", f"pin is {{layer: scheme}}, got {pin!r}")
     if quality is not None and not isinstance(quality, Mapping):
         raise InvalidInputError("quality", f"quality is {{name: function}}, got {quality!r}")
+    profiles = given_profiles(profiles)
     if not isinstance(groups, str) and any(isinstance(group, str) for group in groups):
         raise InvalidInputError("groups", f"groups is a list of lists of layers, got {groups!r}")
     spec = JobSpec(
@@ -138,10 +142,11 @@ def search(
         calibration=_text(calibration),
         held_out=None if held_out is None else _text(held_out),
         sample=None if sample is None else _text(sample),
+        profiles=dict(profiles),
         evaluate=None if evaluate is None else _text(evaluate),
         loss=None if loss is None else _text(loss),
         divergence=divergence,
-        budgets=tuple(b if isinstance(b, str) else budget_text(b) for b in budgets),
+        budgets=tuple(b if isinstance(b, str) else budget_text(b, profiles) for b in budgets),
         minimise=dict(minimise) if isinstance(minimise, Mapping) else minimise,
         schemes=None if schemes is None else scheme_texts(schemes),
         metric=metric,
@@ -176,6 +181,7 @@ def search(
         loss=loss,
         evaluate=evaluate,
         quality=quality,
+        profiles=profiles,
     )
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     return run(spec, given, open_store(storage), listener)
@@ -193,6 +199,7 @@ def run_job(
         loss=spec.loss,
         evaluate=spec.evaluate,
         quality=spec.quality,
+        profiles=spec.profiles,
     )
     return run(spec, given, open_store(storage), progress or Silent())
 
@@ -218,8 +225,10 @@ def run(
         check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
         beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
-        hardware = Hardware(spec, budgets, store, progress, beside)
-        workload = make_workload(spec, given, graph_of(spec, given), hardware.schemes)
+        graph = graph_of(spec, given)
+        served = served_of(spec, given, graph)
+        hardware = Hardware(spec, budgets, store, progress, beside, served)
+        workload = make_workload(spec, given, graph, hardware.schemes)
         check_groups(spec, workload.graph)
         run_id = store.create_run(spec, hardware.device)
         stack.callback(keep, store, run_id)
@@ -287,7 +296,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     within = plain.with_budgets(chosen.solution.budgets)
     keep_frontiers(within, spec, store, run_id, workers.progress)
     _compare(chosen, criterion, problem, workload, measured, store, run_id)
-    _weigh(chosen, workload, store, run_id)
+    weigh(chosen, workload, store, run_id)
 
 
 def _score(spec: JobSpec, prepared: Prepared) -> tuple[Scores, dict[str, Allocation]]:
@@ -364,32 +373,6 @@ def _compare(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )
     measured(candidates)
-
-
-def _weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:
-    """Write the chosen network to a file, count its bytes, and keep them with the evaluation."""
-    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
-        packed = write_packed(
-            Path(folder) / "packed.safetensors",
-            workload.model,
-            workload.graph,
-            chosen.allocation,
-            workload.quantizer,
-        )
-    totals = chosen.solution.totals
-    assert totals is not None
-    for evaluation in store.evaluations(run_id):
-        if evaluation.candidate == CHOSEN:
-            store.put_evaluation(
-                run_id,
-                replace(
-                    evaluation,
-                    predicted_bytes=round(totals["memory"]),
-                    measured_bytes=packed.tensor_bytes,
-                ),
-            )
-    header = packed.file_bytes - packed.tensor_bytes
-    store.log(run_id, "file", f"packed file: {packed.tensor_bytes} bytes + {header} of header")
 
 
 def _text(source: Any) -> str:

@@ -35,6 +35,7 @@ def plan_view(plan: Plan) -> dict[str, Any]:
         "chosen": _row_view(plan.chosen),
         "allocation": plan.allocation.text(),
         "notes": list(plan.notes),
+        "budgets": {budget.cost: budget.limit for budget in plan.budgets},
     }
 
 
@@ -76,4 +77,8 @@ def _table(plan: Plan) -> Table:
             "-" if speed is None else f"{speed:.4g}",
         )
     table.caption = f"{plan.hardware}; batch {plan.batch}, prompt of {plan.tokens} tokens"
+    if plan.budgets:
+        table.caption += (
+            f"; fits: {', '.join(budget.text for budget in plan.budgets)}, and the memory"
+        )
     return table

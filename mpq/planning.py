@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,19 @@ from hw_cost_models.memory import storable
 from hw_cost_models.roofline import Roofline, presets
 from mpq.choices import make_cells, parse_schemes
 from mpq.core.attention import Attention
-from mpq.core.budgets import BudgetText
+from mpq.core.budgets import Budget, BudgetText, resolved
 from mpq.core.errors import InfeasibleError, InvalidInputError
 from mpq.core.formats import NATIVE_BITS, Scheme, native_scheme, parse_scheme
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.plan import Plan, PlanRow
 from mpq.core.problem import Allocation
+from mpq.core.profiles import Profile, given_profiles, weighted_latency
 from mpq.core.tables import Cells, CostTable
 from mpq.models import load_batches, load_shapes
 from mpq.nn.batches import checked_call
 from mpq.nn.graph import build_graph
 from mpq.nn.shapes import attention_of, generates, token_sample
+from mpq.profiles import profile_batches, traced
 
 # Of each line the first that every layer can store, beside the network as it is.
 _DEFAULT = (
@@ -53,6 +55,8 @@ def plan(
     memory: str | None = None,
     skip: Sequence[str] = (),
     sample: Any = None,
+    profiles: Mapping[str, Profile] | None = None,
+    budgets: Sequence[str] = (),
 ) -> Plan:
     """Return what a network takes on a machine that need not be here; no weights are needed.
 
@@ -61,24 +65,29 @@ def plan(
     planned for `batch` sequences of `tokens`, one that generates also for decoding after `context`
     tokens (default: `tokens`); any other needs a `sample` batch. `bits` is the mean over the
     searched weights with all that their schemes store; `memory`, such as "48 GB", replaces the
-    machine's. Times are a roofline and so a lower bound: modelled, not measured.
-    Raises InvalidInputError for what cannot be planned, InfeasibleError where no scheme is as
-    narrow as `bits`.
+    machine's. With `profiles` each is a phase of its own instead: its `batch` and `tokens` (else
+    those of the plan) of the `sample` or of a network of tokens; one token is decoded after
+    `context`, and "latency" is their weighted mean. An allocation that breaks one of `budgets`,
+    such as "decode <= 20 ms", does not fit. Times are a roofline and so a lower bound: modelled,
+    not measured. Raises InvalidInputError for what cannot be planned, InfeasibleError where no
+    scheme is as narrow as `bits`.
     """
     context = tokens if context is None else context
     for name, count in {"batch": batch, "tokens": tokens, "context": context}.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise InvalidInputError(name, f"{name} is a whole number from 1 on, got {count!r}")
-    if isinstance(skip, str):
-        raise InvalidInputError("skip", f"skip is a list, got {skip!r}: write [it]")
+    for what, given in {"skip": skip, "budgets": budgets}.items():
+        if isinstance(given, str):
+            raise InvalidInputError(what, f"{what} is a list, got {given!r}: write [it]")
     machine = _roofline(hardware)
     asked = None if schemes is None else parse_schemes(schemes)
     budget = BudgetText.parse(f"memory <= {bits} bpw")
     network = load_shapes(model)
-    phases, attention, notes = _phases(network, batch, tokens, context, sample, skip)
-    graph = next(iter(phases.values()))
+    served = given_profiles(profiles)
+    phases, attention, notes = _phases(network, batch, tokens, context, sample, skip, served)
+    graph = next(iter(phases.values())).graph
     cells = make_cells(graph, _choices(graph, asked))
-    costs = _Costs.of(machine, phases, attention, cells, batch, tokens, context)
+    costs = _Costs.of(machine, phases, attention, cells, context, budgets)
     limit = costs.limit(memory, machine.machine.memory_bytes)
     uniform = _uniform(cells)
     limit_bytes = budget.resolve({"memory": costs.memory}).limit + _ROUNDING_BYTES
@@ -101,6 +110,7 @@ def plan(
         uniform=tuple(costs.row(text, chosen, limit) for text, chosen in named.items()),
         chosen=costs.row(name, numbers, limit),
         allocation=Allocation.from_choice(cells, numbers),
+        budgets=costs.budgets,
         notes=(*notes, *([_UNSCORED] if name not in named else []), *_NOTES),
     )
 
@@ -126,6 +136,17 @@ def _roofline(hardware: str) -> Roofline:
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phase:
+    """The network traced as it is run, `tokens` of each of `batch` sequences at once."""
+
+    graph: LayerGraph
+    batch: int
+    tokens: int
+    decodes: bool = False  # the tokens follow what is in the KV cache
+    weight: float | None = None  # of a profile
+
+
 def _phases(
     network: nn.Module,
     batch: int,
@@ -133,22 +154,50 @@ def _phases(
     context: int,
     sample: Any,
     skip: Sequence[str],
-) -> tuple[dict[str, LayerGraph], Attention | None, list[str]]:
-    """Return the network traced as it is run, by phase, its attention, and what to know of it."""
-    if sample is not None:
-        batch_given = load_batches(sample, "sample")
-        checked_call(network, batch_given, "the sample", finite=False)
-        return {"forward": build_graph(network, batch_given, skip=skip)}, None, []
+    profiles: Mapping[str, Profile],
+) -> tuple[dict[str, _Phase], Attention | None, list[str]]:
+    """Return the phases that are planned, the network's attention, and what to know of it."""
     attention, notes = None, ["attention between tokens takes no time here"]
-    counts = {"forward": tokens}
-    if generates(network):
+    given = None if sample is None else load_batches(sample, "sample")
+    if given is None and generates(network):
         attention, notes = attention_of(network, context)
-        counts = {"prefill": tokens} if attention is None else {"prefill": tokens, "decode": 1}
-    samples = {phase: token_sample(network, batch, count) for phase, count in counts.items()}
-    for batch_of in samples.values():
-        checked_call(network, batch_of, "a batch of tokens", finite=False)
-    graphs = {phase: build_graph(network, given, skip=skip) for phase, given in samples.items()}
-    return graphs, attention, notes
+    if given is not None:
+        notes = []
+    found: dict[str, _Phase] = {}
+    for name, one in (profiles or _usual(network, tokens, given, attention)).items():
+        if one.sample is not None:
+            raise InvalidInputError(
+                "profiles", f"profile {name!r}: in a plan it has batch and tokens, no sample"
+            )
+        count = one.tokens or tokens
+        if given is None:
+            shape = token_sample(network, one.batch or batch, count)
+        else:
+            shape = profile_batches({name: one}, lambda: given)[name]
+        if profiles and found:
+            graph = traced(name, network, shape, next(iter(found.values())).graph, skip)
+        else:
+            what = "a batch of tokens" if given is None else "the sample"
+            checked_call(network, shape, f"profile {name!r}" if profiles else what, finite=False)
+            graph = build_graph(network, shape, skip=skip)
+        found[name] = _Phase(
+            graph=graph,
+            batch=one.batch or batch,
+            tokens=count,
+            decodes=name == "decode" if not profiles else count == 1,
+            weight=one.weight if profiles else None,
+        )
+    return found, attention, notes
+
+
+def _usual(
+    network: nn.Module, tokens: int, sample: Any, attention: Attention | None
+) -> dict[str, Profile]:
+    """Return the phases of a network of its kind."""
+    if sample is not None or not generates(network):
+        return {"forward": Profile()}
+    decode = {"decode": Profile(tokens=1)} if attention is not None else {}
+    return {"prefill": Profile(tokens=tokens), **decode}
 
 
 def _choices(graph: LayerGraph, asked: Sequence[Scheme] | None) -> Any:
@@ -210,39 +259,44 @@ def _mix(memory: CostTable, uniform: Mapping[Scheme, Indices], limit: float) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Costs:
-    """The tables of a plan, and what attention adds to each phase."""
+    """The tables of a plan, what attention adds to each phase included, and budgets on them."""
 
     memory: CostTable
     latency: Mapping[str, CostTable]
-    attention_s: Mapping[str, float]
     kv_cache_bytes: int
+    budgets: tuple[Budget, ...]
 
     @classmethod
     def of(
         cls,
         roofline: Roofline,
-        phases: Mapping[str, LayerGraph],
+        phases: Mapping[str, _Phase],
         attention: Attention | None,
         cells: Cells,
-        batch: int,
-        tokens: int,
         context: int,
+        budgets: Sequence[str],
     ) -> _Costs:
-        graph = next(iter(phases.values()))
+        graph = next(iter(phases.values())).graph
         family = graph.by_name[graph.units[0].layers[0]].native_family
-        attention_s, cache = dict.fromkeys(phases, 0.0), 0
-        if attention is not None:
-            machine = roofline.machine
-            attention_s = {
-                "prefill": prefill_seconds(machine, attention, family, tokens, batch),
-                "decode": decode_seconds(machine, attention, family, context, batch),
-            }
-            cache = attention.cache_bytes(context, batch, NATIVE_BITS[family] // 8)
+        memory = get_cost_model("memory").table(graph, cells)
+        latency, cache = {}, 0
+        for name, phase in phases.items():
+            table = roofline.table(phase.graph, cells)
+            more = _attention_s(roofline, attention, family, phase, context)
+            latency[name] = replace(
+                table, name=name, fixed=table.fixed + more, baseline=table.baseline + more
+            )
+            if attention is not None:
+                width = NATIVE_BITS[family] // 8
+                cache = max(cache, attention.cache_bytes(context, phase.batch, width))
+        weights = {n: phase.weight for n, phase in phases.items() if phase.weight is not None}
+        if weights:
+            latency["latency"] = weighted_latency(latency, weights)
         return cls(
-            memory=get_cost_model("memory").table(graph, cells),
-            latency={phase: roofline.table(traced, cells) for phase, traced in phases.items()},
-            attention_s=attention_s,
+            memory=memory,
+            latency=latency,
             kv_cache_bytes=cache,
+            budgets=resolved(budgets, {"memory": memory, **latency}),
         )
 
     def limit(self, memory: str | None, machine_bytes: int) -> int:
@@ -254,14 +308,27 @@ class _Costs:
         stored = self.memory.values[numbers].sum()
         weights = round(self.memory.fixed + stored)
         resident = weights + self.kv_cache_bytes
+        seconds = {
+            phase: float(table.fixed + table.values[numbers].sum())
+            for phase, table in self.latency.items()
+        }
+        totals = {"memory": weights, **seconds}
+        kept = all(totals[budget.cost] <= budget.limit for budget in self.budgets)
         return PlanRow(
             name=name,
             bits=float(8 * stored / self.memory.weights),
             weight_bytes=weights,
             resident_bytes=resident,
-            fits=resident <= memory_bytes,
-            seconds={
-                phase: table.total(numbers) + self.attention_s[phase]
-                for phase, table in self.latency.items()
-            },
+            fits=resident <= memory_bytes and kept,
+            seconds=seconds,
         )
+
+
+def _attention_s(
+    roofline: Roofline, attention: Attention | None, family: str, phase: _Phase, context: int
+) -> float:
+    if attention is None:
+        return 0.0
+    if phase.decodes:
+        return decode_seconds(roofline.machine, attention, family, context, phase.batch)
+    return prefill_seconds(roofline.machine, attention, family, phase.tokens, phase.batch)

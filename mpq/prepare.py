@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from hw_cost_models.latency import noise_note
 from mpq.auto import optimum
 from mpq.core.problem import Budget, BudgetText
 from mpq.core.protocols import Executor
@@ -53,8 +52,8 @@ def prepare(
     for reason in hardware.left_out:
         store.log(run_id, "left out", reason)
     costs = hardware.tables(workload.graph, workload.cells)
-    if "latency" in costs and (note := noise_note(costs["latency"])):
-        store.log(run_id, "noisy", note)
+    for kind, line in hardware.remarks(costs):
+        store.log(run_id, kind, line)
     costs |= hardware.whole_network(costs, workload, sample, partial(store.log, run_id))
     for table in costs.values():
         store.put_cost(run_id, table)

@@ -21,6 +21,7 @@ from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.layers import LayerGraph, LayerName, UnitName
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.profiles import Profile
 from mpq.core.quantities import quantity
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
@@ -309,20 +310,22 @@ class SearchResult:
         model: nn.Module | str | None = None,
         calibration: Any = None,
         sample: Any = None,
+        profiles: Mapping[str, Profile] | None = None,
         seconds: float = 10.0,
     ) -> Deployment:
         """Write the network for a runtime, each layer run by the kernel of its scheme.
 
         Targets are "onnxruntime" (an ONNX file) and "torch_cpu" (a TorchScript file, which
         `torch.jit.load` reads without this library, for inputs in the order of the sample).
-        What was not an entry point of the run has to be passed: the model, and the calibration
-        batches or the sample. The outputs are compared with those of the fake-quantized network
-        and the model is timed beside its fp32 form; the record is kept with the run.
+        What was not an entry point of the run has to be passed: the model, the calibration
+        batches or the sample, and the samples of profiles. The outputs are compared with those of
+        the fake-quantized network and the model is timed beside its fp32 form, on the sample and
+        on every profile; the record is kept with the run.
         """
         from mpq.deploy.deploy import deploy
 
         given = {"model": model, "calibration": calibration, "sample": sample}
-        return deploy(self, target, path, seconds=seconds, **given)
+        return deploy(self, target, path, profiles=profiles, seconds=seconds, **given)
 
     @property
     def deployments(self) -> list[Deployment]:

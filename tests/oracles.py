@@ -81,6 +81,32 @@ def slow_interactions(vectors: np.ndarray, shrunk: bool = True) -> np.ndarray:
     return found
 
 
+def slow_mean_table(tables: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return sum_p w_p x_p / sum_p w_p of every number of cost tables, one after the other."""
+    total = sum(weights[name] for name in tables)
+    found: dict[str, Any] = {}
+    for part in ("fixed", "baseline"):
+        found[part] = sum(weights[n] * getattr(table, part) for n, table in tables.items()) / total
+    for part in ("values", "low", "high"):
+        columns = [(weights[n], getattr(table, part).tolist()) for n, table in tables.items()]
+        count = len(columns[0][1])
+        found[part] = [sum(w * column[i] for w, column in columns) / total for i in range(count)]
+    return found
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+def slow_resized(part: torch.Tensor, samples: int | None, tokens: int | None) -> torch.Tensor:
+    """Return a matrix of another shape, element by element; beyond its end it begins again."""
+    rows, columns = samples or part.shape[0], tokens or part.shape[1]
+    found = torch.empty(rows, columns, dtype=part.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            found[row, column] = part[row % part.shape[0], column % part.shape[1]]
+    return found
+
+
 # --- solvers ---------------------------------------------------------------------------------
 
 

@@ -28,6 +28,15 @@ def test_the_job_of_an_example_is_a_job(name: str) -> None:
         assert callable(getattr(example, entry.partition(":")[2]))
 
 
+def test_the_job_with_profiles_is_a_job() -> None:
+    spec = load_job(Path("examples") / "minilm_profiles.toml")
+    assert spec.profiles == {
+        "query": mpq.Profile(tokens=16, weight=20.0),
+        "passage": mpq.Profile(tokens=128),
+    }
+    assert {text.partition(" ")[0] for text in spec.budgets} == {"memory", *spec.profiles}
+
+
 def test_the_job_for_the_least_memory_is_a_job() -> None:
     spec = load_job(Path("examples") / "digits_vit_least.toml")
     assert (spec.minimise, spec.budgets, spec.limits) == ("memory", (), ("accuracy drop <= 1%",))

@@ -316,3 +316,65 @@ def test_seventy_billion_parameters_are_planned_in_seconds() -> None:
     operations = 2 * (linears - embedding) * 4 * 8192
     assert found["prefill"]["bf16"] == pytest.approx(operations / 989.4e12, rel=0.1)
     assert found["prefill"]["int8:int8"] < found["prefill"]["bf16"]
+
+
+def test_a_plan_of_profiles_has_the_phases_of_plans_of_their_shapes(directory: str) -> None:
+    profiles = {
+        "prompt": mpq.Profile(tokens=32),
+        "next": mpq.Profile(tokens=1, batch=4, weight=9.0),
+    }
+    found = mpq.plan(directory, tokens=8, context=16, schemes=SCHEMES, profiles=profiles)
+    prompt = mpq.plan(directory, tokens=32, context=16, schemes=SCHEMES)
+    following = mpq.plan(directory, batch=4, tokens=8, context=16, schemes=SCHEMES)
+    for row, one, other in zip(found.uniform, prompt.uniform, following.uniform, strict=True):
+        assert row.seconds["prompt"] == one.seconds["prefill"]
+        assert row.seconds["next"] == other.seconds["decode"]
+        mean = (row.seconds["prompt"] + 9 * row.seconds["next"]) / 10
+        assert row.seconds["latency"] == pytest.approx(mean)
+    assert found.kv_cache_bytes == following.kv_cache_bytes
+
+
+def test_what_breaks_a_budget_of_a_phase_does_not_fit(
+    directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"schemes": SCHEMES, "hardware": "roofline:RaspberryPi5"}
+    plain = mpq.plan(directory, tokens=32, **options)
+    seconds = [row.seconds["decode"] for row in plain.uniform]
+    limit = sorted(seconds)[1] * 1e3
+    budgets = [f"decode <= {limit!r} ms", "prefill <= 100%", "memory <= 100%"]
+    found = mpq.plan(directory, tokens=32, budgets=budgets, **options)
+    expected = [row.seconds["decode"] <= limit * 1e-3 for row in plain.uniform]
+    assert [row.fits for row in found.uniform] == expected
+    assert sum(expected) == 2
+    monkeypatch.setattr(sys, "argv", ["mpq", "plan", directory, "--budget", "prefil <= 1 ms"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "unknown cost 'prefil': did you mean 'prefill'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"profiles": {"a": mpq.Profile(sample={})}},
+            "profile 'a': in a plan it has batch and tok",
+        ),
+        ({"profiles": {"memory": mpq.Profile()}}, "cannot have the name of a cost, 'memory'"),
+        ({"budgets": "decode <= 1 ms"}, "budgets is a list, got 'decode <= 1 ms': write"),
+        ({"budgets": ["decode <= 1 MB"]}, "decode is counted in s"),
+    ],
+)
+def test_profiles_and_budgets_of_a_plan_are_checked(
+    directory: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=says):
+        mpq.plan(directory, tokens=8, schemes=SCHEMES, **options)
+
+
+def test_profiles_of_a_network_of_something_else_are_of_its_sample() -> None:
+    sample = torch.randn(2, 3, 8, 8)
+    profiles = {"one": mpq.Profile(batch=1), "many": mpq.Profile(batch=5)}
+    found = mpq.plan(conv_net(), sample=sample, bits=9, profiles=profiles, schemes=["int8"])
+    one = mpq.plan(conv_net(), sample=sample[:1], bits=9, schemes=["int8"])
+    assert found.chosen.seconds["one"] == one.chosen.seconds["forward"]
+    assert found.chosen.seconds["many"] > found.chosen.seconds["one"]

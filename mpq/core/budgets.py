@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class Budget:
             )
 
 
-_COST_UNITS = {
+COST_UNITS = {  # of the costs whose names are known; profiles name others, in s
     "memory": "bytes",
     "latency": "s",
     "bops": "bitops",
@@ -64,11 +64,15 @@ _COST_UNITS = {
 }
 
 
-def budget_text(budget: Budget) -> str:
-    """Return the text that `BudgetText.parse` reads back to the same limit."""
-    if budget.cost not in _COST_UNITS:
-        raise unknown("cost", budget.cost, _COST_UNITS)
-    return f"{budget.cost} <= {float(budget.limit)!r} {_COST_UNITS[budget.cost]}"
+def budget_text(budget: Budget, profiles: Collection[str] = ()) -> str:
+    """Return the text that `BudgetText.parse` reads back to the same limit.
+
+    `profiles` names further costs, counted in seconds.
+    """
+    units = {**dict.fromkeys(profiles, "s"), **COST_UNITS}
+    if budget.cost not in units:
+        raise unknown("cost", budget.cost, units)
+    return f"{budget.cost} <= {float(budget.limit)!r} {units[budget.cost]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

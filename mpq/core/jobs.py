@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Literal
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
@@ -23,10 +24,19 @@ _BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
 class JobSpec:
     """Everything a search is asked for; entry points are "package.module:name".
 
-    `model` is called without arguments and returns the network; `calibration` and `held_out`
-    return lists of batches; `sample` one batch of the shape that will be served (default: the
-    first calibration sample alone), which MACs and latency are for. `evaluate(model)` returns
+    `version` is that of this record, `name` what a person calls the run. `model` is called
+    without arguments and returns the network, or is a Hugging Face directory; `calibration` and
+    `held_out` return lists of batches; `sample` one batch of the shape that will be served
+    (default: the first calibration sample alone), which MACs, memory while running and latency
+    are for. `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
+    and latency is their weighted mean in place of the sample's. `evaluate(model)` returns
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
+    `divergence` compares outputs ("auto": cosine for outputs of unit length, else kl of logits).
+    `budgets` are texts (mpq.core.budgets) that hold together. `schemes` are what every layer may
+    take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
+    scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
+    searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
+    (None: as many as fit) or "serial", here; every random draw comes from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
@@ -42,7 +52,7 @@ class JobSpec:
     named quality functions (mpq.core.limits). `minimise` turns the question round: the least of a
     cost, or of a weighted sum {cost: weight}, at which every limit is met; there need be no budget.
     With a `risk` such as 0.95 each budget on measured times holds with that probability.
-    Raises InvalidInputError (`job_value`) for a number out of its range.
+    Raises InvalidInputError (`job_value`, `profile`) for a number out of its range.
     """
 
     version: Literal[1] = 1
@@ -51,6 +61,7 @@ class JobSpec:
     calibration: str
     held_out: str | None = None
     sample: str | None = None
+    profiles: dict[str, Profile] = field(default_factory=dict)
     evaluate: str | None = None
     loss: str | None = None
     divergence: Divergence = "auto"
@@ -94,6 +105,7 @@ class JobSpec:
                 raise InvalidInputError(
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
+        object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         if self.study is not None and self.solver not in _WITH_STUDY:

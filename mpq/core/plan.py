@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpq.core.problem import Allocation
+from mpq.core.problem import Allocation, Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,8 @@ class PlanRow:
 
     `bits` is the mean over the searched weights with all that their schemes store, `seconds` has
     "prefill" (a whole prompt) and "decode" (one more token of every sequence) of a language model,
-    else "forward". `resident_bytes` are weights and KV cache.
+    else "forward"; with profiles each of them and "latency". `resident_bytes` are weights and KV
+    cache; what `fits` keeps within the memory and every budget.
     """
 
     name: str
@@ -50,3 +51,4 @@ class Plan:
     chosen: PlanRow
     allocation: Allocation
     notes: tuple[str, ...]
+    budgets: tuple[Budget, ...] = ()

@@ -15,9 +15,11 @@ from torch import nn
 
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
-from mpq.core.latency import REST_INCLUDED, KernelLatency
+from mpq.core.latency import KernelLatency
 from mpq.core.layers import LayerGraph
+from mpq.core.profiles import Profile
 from mpq.deploy.network import relative
+from mpq.deploy.profile_times import InRuntime, batches_of, predicted_s, profile_of, profile_times
 from mpq.deploy.target import Array, Target, Written, get_target
 from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import read_bytes
@@ -59,19 +61,22 @@ def deploy(
     model: nn.Module | str | None = None,
     calibration: Any = None,
     sample: Batch | str | None = None,
+    profiles: Mapping[str, Profile] | None = None,
     seconds: float = 10.0,
 ) -> Deployment:
     """Write the chosen network for a runtime, compare, time and keep the record with the run.
 
     What is not given comes from the run's entry points. `calibration` sets the output ranges of
-    integer convolutions; `sample` is the batch that is timed. Raises InvalidInputError naming
-    what is missing, another model than the searched one, or a layer without a kernel;
+    integer convolutions; `sample` is the batch that is timed, `profiles` replaces profiles of the
+    run whose samples were objects; timing each takes up to `seconds`. Raises InvalidInputError
+    naming what is missing, another model than the searched one, or a layer without a kernel;
     RunFailedError where the runtime computes something else than the formats ask for.
     """
     runtime = get_target(target)
     check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
+    batches, missing = batches_of(spec, profiles, network.sample, network.calibration)
     schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
     exported = runtime.export(network.model, result.graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
@@ -81,6 +86,7 @@ def deploy(
     path = Path(path)
     path.write_bytes(written.serialized)
     shape = describe(network.sample)
+    stored = read_bytes(result.graph, schemes), read_bytes(result.graph, {})
     mixed, fp32 = time_networks(
         runtime,
         {
@@ -88,10 +94,22 @@ def deploy(
             network_case(runtime, "fp32", shape): exported.fp32,
         },
         network.sample,
-        [read_bytes(result.graph, schemes), read_bytes(result.graph, {})],
+        stored,
         seconds=seconds,
         seed=spec.seed,
     )
+    deployed = InRuntime(
+        target=runtime,
+        model=network.model,
+        graph=result.graph,
+        mixed=written,
+        fp32=exported.fp32,
+        schemes=schemes,
+        quantizer=quantizer,
+        calibration=network.calibration,
+        stored=stored,
+    )
+    times, untimed = profile_times(result, deployed, batches, seconds=seconds, seed=spec.seed)
     memory = (result.solution.totals or {}).get("memory")
     deployment = Deployment(
         target=target,
@@ -107,8 +125,10 @@ def deploy(
         fp32_s=fp32.median_s,
         fp32_low_s=fp32.low_s,
         fp32_high_s=fp32.high_s,
-        predicted_s=_predicted_s(result, shape, fp32),
+        predicted_s=_predicted_s(result, shape, fp32, batches),
         any_batch=exported.any_batch,
+        profiles=tuple(times),
+        untimed=(*missing, *untimed),
     )
     result.store.put_deployment(result.run_id, deployment)
     return deployment
@@ -198,17 +218,11 @@ def _differences(outputs: Mapping[str, Array], runtime: Target) -> dict[str, Any
     }
 
 
-def _predicted_s(result: SearchResult, shape: str, fp32: KernelLatency) -> float | None:
-    """Return what the latency table says of the whole network on a sample of its own shape.
-
-    A table of the searched layers alone tells what they save of the fp32 network. A table that
-    is modelled, or of another machine's or library's kernels, says nothing of this one.
-    """
-    table = result.problem.costs.get("latency")
-    if table is None or shape != result.graph.sample:
-        return None
-    if not table.provenance.startswith(f"measured on {fp32.device}"):
-        return None
-    total = (result.solution.totals or {})["latency"]
-    whole = REST_INCLUDED in table.provenance
-    return total if whole else fp32.median_s + total - table.baseline
+def _predicted_s(
+    result: SearchResult, shape: str, fp32: KernelLatency, profiles: Mapping[str, Batch]
+) -> float | None:
+    """Return what the search says of a sample of its own shape, or of the shape of a profile."""
+    own = "latency" if shape == result.graph.sample else None
+    has_profiles = bool(result.store.run(result.run_id).spec.profiles)
+    cost = profile_of(profiles, shape) if has_profiles else own
+    return None if cost is None else predicted_s(result, cost, fp32.device, fp32.median_s)

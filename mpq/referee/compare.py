@@ -18,6 +18,7 @@ from mpq.core.errors import InfeasibleError, InvalidInputError
 from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import JobSpec
 from mpq.core.problem import Budget, BudgetText, Problem, budget_text
+from mpq.core.profiles import as_texts, given_profiles
 from mpq.core.quantities import quantity
 from mpq.core.referee import Budgets, RefereeReport
 from mpq.core.tables import SensitivityTable
@@ -68,7 +69,10 @@ def compare_metrics(
     for key in _OF_A_SEARCH:
         if key in job:
             raise InvalidInputError("job_key", f"compare_metrics makes no use of {key!r}")
-    texts = [[budget_text(b) if isinstance(b, Budget) else b for b in one] for one in together]
+    profiles = given_profiles(job.get("profiles"))
+    texts = [
+        [budget_text(b, profiles) if isinstance(b, Budget) else b for b in one] for one in together
+    ]
     parsed = [[BudgetText.parse(text) for text in one] for one in texts]
     for one, given_texts in zip(parsed, texts, strict=True):
         if {b.cost for b in one} != {b.cost for b in parsed[0]}:
@@ -78,11 +82,12 @@ def compare_metrics(
                 f"not {' and '.join(given_texts)!r}",
             )
     live = {"model": model, "calibration": calibration, "loss": loss, "sample": sample}
-    named = {
+    named: dict[str, Any] = {
         key: value if isinstance(value, str) else f"<live {type(value).__name__}>"
         for key, value in live.items()
         if value is not None
     }
+    named |= {"profiles": as_texts(profiles)}
     spec = parse_job({**job, **named, "budgets": texts[0], "metric": AUTO}, "compare_metrics")
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     asked = Asked.of(metrics, seconds, allocations)
@@ -90,6 +95,7 @@ def compare_metrics(
     def settings(prepared: Prepared) -> list[Budgets]:
         return [tuple(budget.resolve(prepared.costs) for budget in one) for one in parsed]
 
+    live["profiles"] = profiles
     return _compare(spec, live, asked, settings, open_store(storage), listener)
 
 
@@ -113,7 +119,8 @@ def compare_job(
         raise InvalidInputError(
             "budgets", "metrics are judged under budgets and the job has none: add one to it"
         )
-    live = {key: getattr(spec, key) for key in ("model", "calibration", "loss", "sample")}
+    keys = ("model", "calibration", "loss", "sample", "profiles")
+    live = {key: getattr(spec, key) for key in keys}
     asked = Asked.of(metrics, seconds, allocations)
     plain = JobSpec(model=spec.model, calibration=spec.calibration, budgets=spec.budgets)
     defaults: dict[str, Any] = {key: getattr(plain, key) for key in _OF_A_SEARCH}

@@ -1,0 +1,39 @@
+"""Last stage: the chosen network is written and its bytes are counted."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from mpq.candidates import Proposal
+from mpq.core.evaluation import CHOSEN
+from mpq.export.packed import write_packed
+from mpq.nn.workload import Workload
+from mpq.store.store import Store
+
+
+def weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> None:
+    """Write the chosen network to a file, count its bytes, and keep them with the evaluation."""
+    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+        packed = write_packed(
+            Path(folder) / "packed.safetensors",
+            workload.model,
+            workload.graph,
+            chosen.allocation,
+            workload.quantizer,
+        )
+    totals = chosen.solution.totals
+    assert totals is not None
+    for evaluation in store.evaluations(run_id):
+        if evaluation.candidate == CHOSEN:
+            store.put_evaluation(
+                run_id,
+                replace(
+                    evaluation,
+                    predicted_bytes=round(totals["memory"]),
+                    measured_bytes=packed.tensor_bytes,
+                ),
+            )
+    header = packed.file_bytes - packed.tensor_bytes
+    store.log(run_id, "file", f"packed file: {packed.tensor_bytes} bytes + {header} of header")
