@@ -63,7 +63,7 @@ def given_problem(result: SearchResult) -> Problem:
     spec = result.store.run(result.run_id).spec
     if spec.minimise is None:
         return result.asked()
-    return at_risk(stated(result.problem, spec.budgets), spec.risk)
+    return at_risk(stated(result.problem, spec.budgets), result.risk)
 
 
 def _with_bases(limits: Sequence[Limit], measured: Sequence[Evaluation]) -> list[Limit]:

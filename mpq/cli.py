@@ -242,6 +242,7 @@ def solve_again(
     """Choose again from stored scores for other budgets; loads no model and no torch."""
     from mpq.core.evaluation import CHOSEN
     from mpq.core.jobs import RunState
+    from mpq.core.risk import risk_of
     from mpq.pins import parse_forbidden, parse_pins, resolve_forbidden, resolve_pins
     from mpq.result import least_within, parse_weights, stated
     from mpq.store.store import open_store
@@ -256,9 +257,9 @@ def solve_again(
         graph = store.graph(run_id)
         pins = resolve_pins(graph, parse_pins(pin or []))
         spec, solutions = store.run(run_id).spec, dict(store.solutions(run_id))
-        risk = spec.risk if risk is None else risk
         pairs = resolve_forbidden(graph, parse_forbidden(forbid or []))
         asked = stated(problem, texts or solutions[CHOSEN].budgets, pins, pairs)
+        risk = risk_of(spec.risk if risk is None else risk, asked.costs, asked.limits())
         weights = parse_weights(least or [], score)
         if weights and score is not None:
             found = least_within(asked, weights, score, risk, capped=bool(texts))

@@ -113,8 +113,8 @@ def search(
     ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
-    With a `risk` such as 0.95 each budget on measured times holds with that probability
-    (solvers.risk).
+    Each budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as
+    they are; solvers.risk).
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -266,7 +266,7 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     check_evaluate(workers)
     asked = [Limit.parse(text) for text in spec.limits]
     limits, with_metrics = against_unquantized(workers, asked, run_id)
-    spec = replace(spec, limits=tuple(limit.text for limit in limits))
+    spec = replace(spec, limits=tuple(limit.text for limit in limits), risk=prepared.risk)
     scores, others = _score(spec, prepared)
     plain = Problem(
         sensitivity=scores.sensitivity.clamped(),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq.additivity import Additivity, additivity
-from mpq.core.budgets import Budget, resolved
+from mpq.core.budgets import Budget, BudgetText, resolved
 from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
 from mpq.core.deployment import Deployment
@@ -23,6 +23,7 @@ from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.profiles import Profile
 from mpq.core.quantities import quantity
+from mpq.core.risk import risk_of
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
 from mpq.core.tables import Cell
@@ -113,7 +114,9 @@ class SearchResult:
         self.graph: LayerGraph = store.graph(run_id)
         self.problem: Problem = store.problem(run_id)
         spec = store.run(run_id).spec
-        self.risk: float | None = spec.risk
+        self._asked_risk = spec.risk
+        limited = [BudgetText.parse(text).cost for text in spec.budgets]
+        self.risk: float | None = risk_of(spec.risk, self.problem.costs, limited)
         self._minimised = tuple(spec.minimised)
         self.solutions: dict[str, Solution] = {
             name: with_quantiles(self.problem, solution, self.risk)
@@ -167,8 +170,9 @@ class SearchResult:
         """
         pins = resolve_pins(self.graph, pin)
         pairs = resolve_forbidden(self.graph, forbid)
-        risk = self.risk if risk is None else risk
-        return solve(stated(self.problem, budgets, pins, pairs, constraints), solver, risk)
+        asked = stated(self.problem, budgets, pins, pairs, constraints)
+        risk = risk_of(self._asked_risk if risk is None else risk, asked.costs, asked.limits())
+        return solve(asked, solver, risk)
 
     def asked(self, *free: str) -> Problem:
         """Return the problem that the search solved, at its risk, costs in `free` unlimited."""

@@ -51,7 +51,7 @@ class JobSpec:
     "accuracy >= 0.99" or "accuracy drop <= 1%" are on metrics of `evaluate`, on qualities or on
     named quality functions (mpq.core.limits). `minimise` turns the question round: the least of a
     cost, or of a weighted sum {cost: weight}, at which every limit is met; there need be no budget.
-    With a `risk` such as 0.95 each budget on measured times holds with that probability.
+    Each budget on measured times holds with probability `risk` (None: 0.95).
     Raises InvalidInputError (`job_value`, `profile`) for a number out of its range.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from statistics import NormalDist
 
@@ -13,6 +14,22 @@ from mpq.core.joint import joined_sum
 from mpq.core.tables import CostTable, Floats, Indices
 
 _SIGMAS = NormalDist().inv_cdf(0.975)  # half the width of a 95 % interval
+
+
+_RISK = 0.95  # that a budget on a measured cost holds with, where none is asked for
+
+
+def risk_of(
+    asked: float | None, costs: Mapping[str, CostTable], limited: Iterable[str]
+) -> float | None:
+    """Return the probability that budgets on the `limited` costs hold with.
+
+    It is what was asked; otherwise 0.95 where one of them is measured, None where all are exact.
+    """
+    if asked is not None:
+        return asked
+    is_measured = any((costs[name].high > costs[name].values).any() for name in limited)
+    return _RISK if is_measured else None
 
 
 def check_risk(risk: object, code: str = "risk") -> float:
