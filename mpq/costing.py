@@ -23,7 +23,7 @@ from mpq.core.protocols import LatencyModel
 from mpq.core.tables import Cells, CostTable
 from mpq.nn.batches import Batch
 from mpq.nn.workload import Workload
-from mpq.profiles import Served
+from mpq.profiles import Served, with_ranges
 from mpq.progress import Progress
 from mpq.store.store import Store
 
@@ -169,7 +169,7 @@ class Hardware:
         found = {table.name: table for table in tables}
         if not self.times_matter:
             return found
-        graphs = {name: one.graph for name, one in self._served.items()}
+        graphs = {name: with_ranges(one.graph, graph) for name, one in self._served.items()}
         return found | self._with_mean(self._times(graphs or {LATENCY: graph}, cells))
 
     def _times(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
@@ -224,7 +224,9 @@ class Hardware:
         if self._hardware not in (LOCAL, f"{LOCAL}:{BACKEND}"):
             log(LATENCY, f"of the searched layers only: {self._hardware} times no whole network")
             return {}
-        graphs = {name: (one.graph, one.sample) for name, one in self._served.items()}
+        graphs = {
+            n: (with_ranges(s.graph, workload.graph), s.sample) for n, s in self._served.items()
+        }
         graphs = graphs or {LATENCY: (workload.graph, sample)}
         seconds = self._seconds / 4 / len(graphs)
         times = {name: tables[name] for name in graphs}

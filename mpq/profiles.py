@@ -89,3 +89,10 @@ def traced(
                     f"skip=[{layer!r}]",
                 )
     return replace(found, units=graph.units, unsearched=graph.unsearched)
+
+
+def with_ranges(served: LayerGraph, graph: LayerGraph) -> LayerGraph:
+    """Return the layers of a profile with the calibrated input ranges of `graph`."""
+    ranges = graph.input_ranges
+    layers = (replace(layer, input_range=ranges.get(layer.name)) for layer in served.layers)
+    return replace(served, layers=tuple(layers))
