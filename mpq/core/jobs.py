@@ -36,7 +36,7 @@ class JobSpec:
     take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
     scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
     searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
-    (None: as many as fit) or "serial", here; every random draw comes from `seed`.
+    (None: one for each processor) or "serial", here; every random draw comes from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
