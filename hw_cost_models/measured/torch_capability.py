@@ -15,7 +15,7 @@ from hw_cost_models.measured.torch_modules import (
     engine,
     quiet,
 )
-from mpq.core.formats import FP32, PerGroup, PerTensor, Scheme, parse_scheme
+from mpq.core.formats import FP32, PerGroup, PerTensor, Scheme, parse_format, parse_scheme
 from mpq.core.latency import KernelCase
 from mpq.core.layers import Convolution, Layer
 
@@ -34,6 +34,8 @@ _DEFAULT = {
     "linear": (("fp32",), ("fp16",), ("int8:int7",)),
     **dict.fromkeys(_CONVOLUTION, (("fp32",), ("int8:int8", "int8:int7"))),
 }
+_DYNAMIC = tuple(parse_format(text, "activations") for text in ("int7", "int8"))
+_STATIC = (*_DYNAMIC, *(parse_format(text, "activations") for text in ("int7s", "int8s")))
 _EXACT = 0.99  # of the right sum; one that saturates is near a half
 # What executes, but is no evidence of a format's time: 0.01 to 0.6 of the speed of fp32 with
 # AVX2, and with VNNI and AVX512_BF16 the loops of the last two lines still take 0.01 to 0.14.
@@ -116,8 +118,13 @@ def _integer(layer: Layer, scheme: Scheme) -> str:
     name = "quantized::linear_dynamic" if linear else f"quantized::{layer.kind}"
     if linear and activations.symmetric:
         return f"{scheme}: {_NO_EVIDENCE['symmetric']}; write int8:int7"
-    if (weights.family, weights.bits) != ("int", 8) or activations.bits not in (REDUCED_BITS, 8):
-        return f"{scheme}: {name} takes 8-bit weights and 7- or 8-bit activations; use int8:int7"
+    taken = _DYNAMIC if linear else _STATIC
+    if (weights.family, weights.bits) != ("int", 8) or activations not in taken:
+        of_whom = "dynamic " if linear else ""
+        return (
+            f"{scheme}: {name} takes 8-bit weights and 7- or 8-bit {of_whom}activations; "
+            "use int8:int7"
+        )
     if isinstance(weights.granularity, PerGroup) or not weights.symmetric:
         return (
             f"{scheme}: {name} takes symmetric weights with one scale per "
