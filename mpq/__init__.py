@@ -24,6 +24,7 @@ from mpq.core.formats import Format, Scheme, parse_format, parse_scheme
 from mpq.core.frontier import Chain, Frontier, Surface
 from mpq.core.infeasibility import Conflict, Infeasibility
 from mpq.core.jobs import JobSpec, RunState
+from mpq.core.joint import JointCosts
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.least_cost import LeastCost
 from mpq.core.plan import Plan, PlanRow
@@ -82,6 +83,7 @@ __all__ = [
     "InfeasibleError",
     "InvalidInputError",
     "JobSpec",
+    "JointCosts",
     "Layer",
     "LayerGraph",
     "LeastCost",

@@ -252,7 +252,7 @@ def test_pairs_finds_the_best_of_small_problems_nearly_always(
         problem = small(seed, ["both low", "formats differ", "every pair"][seed % 3])
         problem = with_responses(problem, alike=0.6, seed=seed)
         best = brute_force(problem, pairwise_score)
-        solution = check(problem, solve(problem, "pairs"))
+        solution = check(problem, Pairs(num_kicks=20).solve(problem))
         assert (best is None) == (solution.status is Status.INFEASIBLE)
         if best is None:
             continue
