@@ -75,6 +75,24 @@ def test_dynamic_int8_does_not_saturate() -> None:
     assert worst(found.numpy(), (x @ weight.T).numpy()) < 0.01
 
 
+@pytest.mark.parametrize("text", ["int8:int7static", "int8t:int7sstatic", "int8:int8static"])
+def test_static_products_are_those_of_integers(text: str) -> None:
+    """Values beyond the range stay in it; 8 bits are refused where they would saturate."""
+    scheme, layer = parse_scheme(text), LINEAR
+    if scheme.activations.bits == 8 and saturates(layer):
+        assert "write int8:int7static" in why_not(layer, scheme)
+        return
+    x, weight = 2 * gaussian(9, 256), gaussian(96, 256)
+    limit = weight.abs().amax(dim=None if "t" in text[4] else 1, keepdim=True)
+    codes = torch.round(weight / (limit / 127)).numpy() * (limit / 127).numpy()
+    seen = fake_quantize_activation(x, scheme.activations, (-4.0, 4.0)).numpy()
+    found = make_kernel(layer, scheme, weight)(x).numpy()
+    assert worst(found, seen @ codes.T) < 1e-5
+    kernel = kernel_for(layer, scheme)
+    assert kernel is not None
+    assert "q_dq_qweight_dq_output_fp32" in kernel.kernel
+
+
 def test_half_weights_meet_fp32_activations() -> None:
     x, weight = gaussian(9, 256), gaussian(96, 256)
     found = make_kernel(LINEAR, parse_scheme("fp16"), weight)(x).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from hw_cost_models.measured.torch_modules import (
     ENGINE,
     REDUCED_BITS,
     StaticConvolution,
+    StaticLinear,
     Steps,
     engine,
     quiet,
@@ -36,6 +38,11 @@ _DEFAULT = {
 }
 _DYNAMIC = tuple(parse_format(text, "activations") for text in ("int7", "int8"))
 _STATIC = (*_DYNAMIC, *(parse_format(text, "activations") for text in ("int7s", "int8s")))
+_STATIC_KERNEL = {
+    "linear": "quantized::linear_with_input_q_dq_qweight_dq_output_fp32",
+    "conv1d": "quantized::conv1d",
+    "conv2d": "quantized::conv2d",
+}
 _EXACT = 0.99  # of the right sum; one that saturates is near a half
 # What executes, but is no evidence of a format's time: 0.01 to 0.6 of the speed of fp32 with
 # AVX2, and with VNNI and AVX512_BF16 the loops of the last two lines still take 0.01 to 0.14.
@@ -61,6 +68,8 @@ def why_not(layer: Layer, scheme: Scheme) -> str:
     7 bits, so that the 16-bit multiply-add of x86 without VNNI does not saturate. The same
     kernel is what torch calls int8 dynamic: it is taken for int8:int8 too, whose activations it
     rounds twice as coarsely as the scheme says.
+    int8:int8static, int8:int7static, linear: a product with a static range of its input, for
+    which 7 bits are what they are for convolutions.
     int8:int8, int8:int7, conv1d and conv2d (weights per channel or tensor; the static range may
     be symmetric, int8:int8s): quantized::conv1d and conv2d with signed 8-bit weights, between the
     quantize_per_tensor before and the dequantize after, because the neighbours may be fp32. The
@@ -113,9 +122,9 @@ def _decide(layer: Layer, scheme: Scheme) -> KernelCase | str:
 
 def _integer(layer: Layer, scheme: Scheme) -> str:
     """Return the integer kernel, or why there is none, which begins with the scheme."""
-    weights, activations = scheme.weights, scheme.activations
-    linear = layer.kind == "linear"
-    name = "quantized::linear_dynamic" if linear else f"quantized::{layer.kind}"
+    weights, activations = scheme.weights, replace(scheme.activations, static=False)
+    linear = layer.kind == "linear" and not scheme.activations.static
+    name = "quantized::linear_dynamic" if linear else _STATIC_KERNEL[layer.kind]
     if linear and activations.symmetric:
         return f"{scheme}: {_NO_EVIDENCE['symmetric']}; write int8:int7"
     taken = _DYNAMIC if linear else _STATIC
@@ -136,9 +145,11 @@ def _integer(layer: Layer, scheme: Scheme) -> str:
     if activations.bits > REDUCED_BITS and saturates(layer):
         return (
             f"{scheme}: {name} overflows on this processor where 8-bit activations meet signed "
-            f"8-bit weights; write int8:int7{'s' if activations.symmetric else ''}"
+            f"8-bit weights; write int8:{replace(scheme.activations, bits=7).text('activations')}"
         )
     clamp = "" if activations.bits > REDUCED_BITS else "clamp+"
+    if layer.kind == "linear":
+        return f"{clamp}{name} {ENGINE} s8 weights {scales}"
     return f"quantize_per_tensor+{clamp}{name}+dequantize {ENGINE} s8 weights {scales}"
 
 
@@ -150,13 +161,24 @@ def _weights_alone(layer: Layer, scheme: Scheme) -> str:
 
 
 def saturates(layer: Layer) -> bool:
-    """Tell whether this processor's kernel for an integer convolution overflows at 8 bits.
+    """Tell whether this processor's kernel with a static range overflows at 8 bits.
 
     Runs it where all activations and weights are the largest: a multiply-add that saturates in
     16 bits returns half of the sum. What decides is the instruction set and the geometry.
     """
+    if layer.kind == "linear":
+        return _product_saturates(layer.weight_shape, ENGINE)
     assert layer.convolution is not None, layer.name
     return _saturates(layer.weight_shape, layer.convolution, ENGINE)
+
+
+@functools.cache
+def _product_saturates(shape: tuple[int, ...], _: str) -> bool:
+    codes, scales = torch.full(shape, 127, dtype=torch.int8), torch.ones(shape[0])
+    with engine(), quiet(), torch.inference_mode():
+        kernel = StaticLinear(codes, scales, None, Steps(1.0, 0, 255))
+        found = kernel(torch.full((16, shape[1]), 255.0))
+    return float(found.max()) < _EXACT * 127.0 * 255.0 * shape[1]
 
 
 @functools.cache

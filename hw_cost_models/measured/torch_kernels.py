@@ -13,6 +13,7 @@ from hw_cost_models.measured.torch_modules import (
     DynamicLinear,
     HalfLinear,
     StaticConvolution,
+    StaticLinear,
     Steps,
     engine,
     quiet,
@@ -21,6 +22,7 @@ from mpq.core.formats import FP32, Format, PerTensor, Scheme
 from mpq.core.layers import Layer
 
 OUTPUT = Format(family="int", bits=8, granularity=PerTensor(), symmetric=False)  # of a convolution
+Limits = tuple[float, float]
 _OUTLIER = 4.0  # standard deviations that a static range covers
 
 
@@ -55,23 +57,28 @@ def packed_kernel(
     weight: torch.Tensor,
     scales: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    limits: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    limits: tuple[Limits, Limits | None] | None = None,
 ) -> nn.Module:
     """Return the quantized layer as a module that TorchScript compiles and stores.
 
     `weight` has the layer's shape: int8 codes with `scales`, (channels,) or (1,), or float32
-    values of a native format. `limits` are the static ranges of input and output (with bias).
+    values of a native format. `limits` are the static ranges of the input and, of convolutions,
+    the output (with bias).
     `scheme` must have a kernel and not be fp32.
     """
     with engine(), quiet():
         if scales is None:
             return HalfLinear(weight, bias)
-        if layer.kind == "linear":
+        if layer.kind == "linear" and not scheme.activations.static:
             return DynamicLinear(weight, scales, bias)
         assert limits is not None, layer.name
+        inputs = Steps.over(limits[0], scheme.activations)
+        if layer.kind == "linear":
+            return StaticLinear(weight, scales, bias, inputs)
         assert layer.convolution is not None, layer.name
-        steps = Steps.over(limits[0], scheme.activations), Steps.over(limits[1], OUTPUT)
-        return StaticConvolution(weight, scales, bias, layer.convolution, *steps)
+        assert limits[1] is not None, layer.name
+        outputs = Steps.over(limits[1], OUTPUT)
+        return StaticConvolution(weight, scales, bias, layer.convolution, inputs, outputs)
 
 
 def native_module(layer: Layer, weight: torch.Tensor) -> nn.Module:

@@ -71,6 +71,12 @@ def _quantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch._make_per_channel_quantized_tensor(codes, scales.double(), zeros, 0)
 
 
+_LinearState = tuple[
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],  # codes, scales, bias
+    tuple[float, float, int, bool],
+]
+
+
 class DynamicLinear(nn.Module):
     """quantized::linear_dynamic: activations of the whole tensor in 7 bits, found at run time."""
 
@@ -98,6 +104,50 @@ class DynamicLinear(nn.Module):
         self.scales = state[1]
         self.packed = torch.ops.quantized.linear_prepack(_quantized(state[0], state[1]), state[2])
         self.training = state[3]
+
+
+class StaticLinear(nn.Module):
+    """quantized::linear_with_input_q_dq_qweight_dq_output_fp32: activations in a static range.
+
+    Nothing of the output is rounded.
+    """
+
+    __constants__ = ("clamped",)
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        inputs: Steps,
+    ) -> None:
+        super().__init__()
+        self.clamped = inputs.top < 255  # as in StaticConvolution
+        self.scale, self.zero = inputs.scale, inputs.zero
+        self.largest = inputs.scale * (inputs.top - inputs.zero)
+        self.scales = scales.half()
+        self.packed = torch.ops.quantized.linear_prepack(_quantized(codes, scales), bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product of float32 activations (..., inputs)."""
+        if self.clamped:
+            x = torch.clamp(x, -self.scale * self.zero, self.largest)
+        y: torch.Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, self.scale, self.zero, self.packed
+        )
+        return y
+
+    @torch.jit.export
+    def __getstate__(self) -> _LinearState:
+        weight, bias = torch.ops.quantized.linear_unpack(self.packed)
+        steps = (self.scale, self.largest, self.zero, self.training)
+        return (weight.int_repr(), self.scales, bias), steps
+
+    @torch.jit.export
+    def __setstate__(self, state: _LinearState) -> None:
+        codes, self.scales, bias = state[0]
+        self.scale, self.largest, self.zero, self.training = state[1]
+        self.packed = torch.ops.quantized.linear_prepack(_quantized(codes, self.scales), bias)
 
 
 class HalfLinear(nn.Module):

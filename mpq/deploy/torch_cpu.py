@@ -24,7 +24,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.deploy.network import FAITHFUL, relative
-from mpq.deploy.placed import Placed, is_static, place
+from mpq.deploy.placed import Placed, is_static, place, writes_codes
 from mpq.deploy.rounding import as_kernels
 from mpq.deploy.served import Served, of_another_size
 from mpq.deploy.target import NUM_THREADS, Array
@@ -131,7 +131,7 @@ class TorchNetwork:
         """
         layers, limits = self.graph.by_name, self.graph.input_ranges
         chosen = {name: scheme for name, scheme in schemes.items() if scheme != Scheme(FP32)}
-        static = [name for name, scheme in chosen.items() if is_static(layers[name], scheme)]
+        static = [name for name, scheme in chosen.items() if writes_codes(layers[name], scheme)]
         ranges: Mapping[LayerName, tuple[float, float]] = {}
         if static and calibration:
             with quantized(self.model, schemes, quantizer=quantizer, limits=limits):
@@ -173,7 +173,8 @@ def kernels(placed: Mapping[LayerName, Placed]) -> dict[LayerName, nn.Module]:
     for name, p in placed.items():
         bias = None if p.bias is None else torch.from_numpy(p.bias)
         # Packed weights hold the bias, so that of layers which share a weight is added after it.
-        after = tied[p.layer.weight_id] > 1 and p.layer.kind == "linear"
+        shares = p.layer.kind == "linear" and not p.scheme.activations.static
+        after = tied[p.layer.weight_id] > 1 and shares
         key = p.layer.weight_id if after else name
         if key not in made:
             made[key] = _packed(p, None if after else bias)
@@ -183,7 +184,7 @@ def kernels(placed: Mapping[LayerName, Placed]) -> dict[LayerName, nn.Module]:
 
 def _packed(placed: Placed, bias: torch.Tensor | None) -> nn.Module:
     limits = None
-    if placed.input_limits is not None and placed.output_limits is not None:
+    if placed.input_limits is not None:
         limits = placed.input_limits, placed.output_limits
     stored = placed.weight
     if isinstance(stored, IntegerWeight):
