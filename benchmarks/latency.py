@@ -2,12 +2,10 @@
 
 Random mixes of the formats that this machine's kernels run, of MiniLM at 16 and 128 tokens and of
 two ResNets: the seconds that the table predicts beside those of the really quantized network in
-ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). Then latency
-budgets on MiniLM: does the deployed network meet them? Which layer gives way first is decided by
-made-up scores, 4^-bits for each weight; they do not matter here.
+ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). The mixes
+are others than those that corrected the table.
 
-    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--budgets 10] [--seconds 60]
-                                 [--only resnet20]
+    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--seconds 60] [--only resnet20]
 """
 
 from __future__ import annotations
@@ -32,11 +30,10 @@ from torch import nn
 from examples import digits_resnet20, minilm
 from hw_cost_models import LOCAL, get_kernels
 from hw_cost_models.latency import MeasuredLatency
-from mpq.core.constraints import Constraint
 from mpq.core.latency import KernelLatency
 from mpq.core.layers import LayerGraph
-from mpq.core.problem import Allocation, Budget, Problem
-from mpq.core.tables import Cells, CostTable, SensitivityTable
+from mpq.core.problem import Allocation
+from mpq.core.tables import Cells, CostTable
 from mpq.deploy.target import TARGETS, Exported, Loaded, Target, get_target
 from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import WholeNetwork, random_mixes, with_whole
@@ -45,7 +42,6 @@ from mpq.nn.graph import build_graph
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.referee.ranks import spearman
 from mpq.store.store import Store, open_store
-from solvers import solve
 
 
 class Block(nn.Module):
@@ -96,7 +92,7 @@ class Bench:
 
     def predicted(self, allocation: Allocation) -> float:
         """Return the seconds that the table says."""
-        return Constraint.at_most(self.table, 1.0).total(allocation.choice(self.cells))
+        return self.table.total(allocation.choice(self.cells))
 
     def measured(
         self, allocations: Sequence[Allocation], seconds: float
@@ -176,48 +172,10 @@ def print_mixes(of: Bench, count: int, seconds: float) -> None:
     )
 
 
-def print_budgets(of: Bench, count: int, seconds: float) -> None:
-    graph = of.graph
-    weights = {u.name: sum(graph.by_name[n].num_weights for n in u.layers) for u in graph.units}
-    scores = np.array([weights[unit] * 4.0**-s.weights.bits for unit, s in of.cells])
-    table = of.table
-    fastest = table.fixed + sum(
-        table.values[start:stop].min()
-        for start, stop in zip(of.cells.offsets[:-1], of.cells.offsets[1:], strict=True)
-    )
-    limits = np.linspace(fastest, table.baseline, count + 1)[1:]
-    sensitivity = SensitivityTable(
-        metric="made", cells=of.cells, values=scores, stderr=np.zeros(len(scores))
-    )
-    chosen = []
-    for limit in limits:
-        budget = Budget("latency", float(limit))
-        allocation = solve(
-            Problem(sensitivity=sensitivity, costs={"latency": table}, budgets=(budget,))
-        ).allocation
-        assert allocation is not None
-        chosen.append(allocation)
-    met = within = share_met = 0
-    for limit, (one, fp32) in zip(limits, of.measured(chosen, seconds), strict=True):
-        wanted, share = limit / table.baseline, one.median_s / fp32.median_s
-        met += one.median_s <= limit
-        within += one.low_s <= limit
-        share_met += share <= wanted
-        print(
-            f"  latency <= {limit * 1e6:5.0f} us: {one.median_s * 1e6:5.0f} us "
-            f"({100 * (one.median_s / limit - 1):+4.1f} %); <= {wanted:.1%} of fp32: {share:.1%}"
-        )
-    print(
-        f"  budgets met: {met} of {count}, within the error of the measurement {within}; as a "
-        f"share of the fp32 network beside it {share_met}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=sorted(TARGETS), default="onnxruntime")
     parser.add_argument("--mixes", type=int, default=15)
-    parser.add_argument("--budgets", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a table or the mixes")
     parser.add_argument("--only", help="a part of a network's name")
     given = parser.parse_args()
@@ -239,8 +197,6 @@ def main() -> None:
             print(f"{name}, {given.backend}: {given.mixes} random mixes")
             of = bench(given.backend, make_model(), sample, calibration[:2], given.seconds, store)
             print_mixes(of, given.mixes, given.seconds)
-            if name == "minilm, 16 tokens" and given.budgets:
-                print_budgets(of, given.budgets, given.seconds)
 
 
 if __name__ == "__main__":
