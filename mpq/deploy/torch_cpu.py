@@ -275,9 +275,9 @@ def _replaced(served: Served, kernels: Mapping[LayerName, nn.Module]) -> Iterato
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what tracing says of Python values: other batch sizes are tried instead."""
-    with quiet():
-        warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning)
+    """Hide what tracing says of Python values, and what a network says when it is looked into."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 
