@@ -21,6 +21,7 @@ from mpq.core.formats import parse_scheme
 from mpq.core.latency import KernelLatency
 from mpq.core.tables import Cells
 from mpq.nn.graph import build_graph
+from mpq.nn.quantizers import fake_quantize_activation
 from tests.test_latency_kernels import (
     CONVS,
     LINEAR,
