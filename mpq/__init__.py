@@ -36,6 +36,7 @@ from mpq.core.stability import Stability
 from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 
 if TYPE_CHECKING:
+    from mpq.client import Client
     from mpq.export import export_allocation, import_allocation
     from mpq.pipeline import run_job, search
     from mpq.planning import plan
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LATER = {
+    "Client": "mpq.client",
     "SearchResult": "mpq.result",
     "apart": "solvers.several",
     "compare_metrics": "mpq.referee.compare",
@@ -72,6 +74,7 @@ __all__ = [
     "Cells",
     "Chain",
     "Chosen",
+    "Client",
     "Conflict",
     "Constraint",
     "CostTable",

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mpq.cli_options import AsJson, RunName, Storage
+from mpq.cli_service import serving
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,17 +22,7 @@ app = typer.Typer(
 )
 database = typer.Typer(no_args_is_help=True, help="The database that keeps every run.")
 app.add_typer(database, name="db", rich_help_panel="Operate")
-
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        help="Database URL or SQLite file (default: $MPQ_STORAGE, else mpq.db here).",
-    ),
-]
-RunName = Annotated[
-    str, typer.Argument(help="Run id, its beginning, a job's name, or 'latest'.", metavar="RUN")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+app.add_typer(serving)
 
 
 @app.command("run", rich_help_panel="Run")

@@ -25,6 +25,7 @@ from mpq.core.protocols import Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled
+from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
@@ -188,9 +189,12 @@ def search(
 
 
 def run_job(
-    spec: JobSpec, storage: str | Store | None = None, progress: Progress | None = None
+    spec: JobSpec,
+    storage: str | Store | None = None,
+    progress: Progress | None = None,
+    run_id: str | None = None,
 ) -> SearchResult:
-    """Run a job whose parts are entry points, here and now."""
+    """Run a job whose parts are entry points, here and now; `run_id` is a run that we drive."""
     given = load(
         spec.model,
         spec.calibration,
@@ -201,7 +205,7 @@ def run_job(
         quality=spec.quality,
         profiles=spec.profiles,
     )
-    return run(spec, given, open_store(storage), progress or Silent())
+    return run(spec, given, open_store(storage), progress or Silent(), run_id=run_id)
 
 
 def run(
@@ -210,10 +214,12 @@ def run(
     store: Store,
     progress: Progress,
     stages: Callable[[JobSpec, Prepared], None] | None = None,
+    run_id: str | None = None,
 ) -> SearchResult:
     """Do every stage of a checked job; a failure is kept with the run and raised.
 
-    `stages` are what follows the preparation, by default those of a search.
+    `stages` are what follows the preparation, by default those of a search. `run_id` is a run
+    whose lease the caller holds; what an earlier driver finished is not done again.
     """
     with warnings_kept() as keep, ExitStack() as stack:
         executor = get_executor(spec.executor, spec.num_workers)
@@ -230,9 +236,11 @@ def run(
         hardware = Hardware(spec, budgets, store, progress, beside, served)
         workload = make_workload(spec, given, graph, hardware.schemes)
         check_groups(spec, workload.graph)
-        run_id = store.create_run(spec, hardware.device)
+        if run_id is None:
+            run_id = store.create_run(spec, hardware.device)
+            stack.enter_context(driving(store, run_id))
         stack.callback(keep, store, run_id)
-        store.set_state(run_id, RunState.RUNNING)
+        store.start_run(run_id, hardware.device)
         try:
             prepared = prepare(
                 budgets,

@@ -90,9 +90,13 @@ def test_kl_is_the_divergence_of_whole_passes_bit_for_bit(name: str, kind: Kind)
 
 
 def test_static_ranges_of_inputs_are_those_of_the_graph() -> None:
-    of = make("mlp", ("int8:int4",))
-    layers = tuple(replace(layer, input_range=(-0.3, 0.4)) for layer in of.graph.layers)
-    narrow = replace(of, graph=replace(of.graph, layers=layers))
+    made = make("mlp", ("int8:int4static",))
+
+    def within(low: float, high: float) -> Workload:
+        layers = tuple(replace(layer, input_range=(low, high)) for layer in made.graph.layers)
+        return replace(made, graph=replace(made.graph, layers=layers))
+
+    of, narrow = within(-3.0, 4.0), within(-0.3, 0.4)
 
     def divergence(original: torch.Tensor, changed: torch.Tensor, batch: Batch) -> list[float]:
         return of.divergence.between(original, changed).tolist()

@@ -17,7 +17,9 @@ ALLOWED = {
     ("RUNNING", "STOPPED"),
     ("RUNNING", "SUCCEEDED"),
     ("RUNNING", "FAILED"),
+    ("STOPPED", "PENDING"),
     ("STOPPED", "RUNNING"),
+    ("FAILED", "PENDING"),
     ("FAILED", "RUNNING"),
 }
 SMALL = {"model": "a:b", "calibration": "a:c", "budgets": ["memory <= 60%"]}

@@ -198,8 +198,8 @@ class RunState(enum.StrEnum):
 _NEXT = {
     RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
     RunState.RUNNING: {RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED},
-    RunState.STOPPED: {RunState.RUNNING},  # resumed
-    RunState.FAILED: {RunState.RUNNING},  # resumed
+    RunState.STOPPED: {RunState.PENDING, RunState.RUNNING},  # resumed
+    RunState.FAILED: {RunState.PENDING, RunState.RUNNING},  # resumed
     RunState.SUCCEEDED: set(),
 }
 

@@ -73,6 +73,50 @@ class RunRow(Base):
     graph: Mapped[LayerGraph | None] = mapped_column(Json(LayerGraph), deferred=True)
 
 
+class JobRow(Base):
+    """Who submitted a run, and who drives it until when, by the clock of the database.
+
+    `body` is a digest of what was submitted under `submission_id`; `queued` lets any driver take
+    the run.
+    """
+
+    __tablename__ = "jobs"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    submission_id: Mapped[str | None] = mapped_column(unique=True)
+    body: Mapped[str] = mapped_column(String(64))
+    owner: Mapped[str] = mapped_column(index=True)
+    priority: Mapped[int]
+    queued: Mapped[bool]
+    driver: Mapped[str | None]
+    driven_since: Mapped[datetime | None]
+    lease_until: Mapped[datetime | None] = mapped_column(index=True)
+    stop_requested: Mapped[bool]
+    attempts: Mapped[int]
+
+
+class TagRow(Base):
+    """A word that a run is found by."""
+
+    __tablename__ = "run_tags"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True, index=True)
+
+
+class ProgressRow(Base):
+    """How far a stage of a run is."""
+
+    __tablename__ = "progress"
+
+    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    stage: Mapped[str] = mapped_column(primary_key=True)
+    position: Mapped[int]
+    done: Mapped[int]
+    total: Mapped[int]
+    at: Mapped[datetime]
+
+
 class UnitRow(Base):
     """One unit of a run's network."""
 

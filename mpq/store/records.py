@@ -32,6 +32,36 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """Who submitted a run and who drives it.
+
+    `driver` is the last one, "host:pid", and `is_driven` whether its lease holds; `attempts`
+    counts how often a driver took the run.
+    """
+
+    run_id: str
+    submission_id: str | None = None
+    owner: str = ""
+    priority: int = 0
+    driver: str | None = None
+    driven_since: datetime | None = None
+    stop_requested: bool = False
+    attempts: int = 0
+    is_driven: bool = False
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """How far a stage of a run is; `done` of `total` steps at that moment."""
+
+    stage: str
+    done: int
+    total: int
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
     """One line of a run's log; `id` grows with every line of the database."""
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, insert, select, true, update
+from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError, MpqError
@@ -71,6 +72,19 @@ def set_state(session: Session, run_id: str, state: RunState, error: MpqError | 
     if state is RunState.RUNNING and found.started_at is None:
         values["started_at"] = now
     session.execute(update(RunRow).where(RunRow.id == run_id).values(values))
+
+
+def start(session: Session, run_id: str, device: str) -> None:
+    """Let a run run on a device; one that runs already was left by its driver and goes on."""
+    session.execute(update(RunRow).where(RunRow.id == run_id).values(device=device))
+    state = session.scalar(select(RunRow.state).where(RunRow.id == run_id))
+    if state != RunState.RUNNING:
+        set_state(session, run_id, RunState.RUNNING, None)
+
+
+def delete(session: Session, run_id: str) -> None:
+    """Take a run and all that belongs to it out of the database."""
+    session.execute(sql_delete(RunRow).where(RunRow.id == run_id))
 
 
 def one(session: Session, run_id: str) -> RunRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -12,7 +12,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from mpq.core.deployment import DEPLOYED, Deployment
-from mpq.core.errors import MpqError
+from mpq.core.errors import MpqError, StorageError
 from mpq.core.evaluation import Evaluation
 from mpq.core.frontier import Frontier, Surface
 from mpq.core.jobs import JobSpec, RunState
@@ -26,8 +26,10 @@ from mpq.store import (
     events,
     frontiers,
     graphs,
+    jobs,
     latencies,
     partials,
+    progress,
     runs,
     solutions,
     tables,
@@ -35,7 +37,7 @@ from mpq.store import (
 from mpq.store.address import shown, storage_url
 from mpq.store.engine import make_engine, writing
 from mpq.store.failures import one_line_errors
-from mpq.store.records import EventRecord, RunRecord
+from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
 from mpq.store.schema import prepare
 
 
@@ -115,6 +117,99 @@ class Store:
 
         with self._write() as session:
             return runs.create(session, spec, device, __version__)
+
+    def submit(
+        self,
+        spec: JobSpec,
+        *,
+        body: str = "",
+        submission_id: str | None = None,
+        owner: str = "",
+        priority: int = 0,
+        tags: Sequence[str] = (),
+        queued: bool = False,
+    ) -> tuple[str, bool]:
+        """Add a pending run, or find the one of this submission; return its id and if it is new.
+
+        Raises InvalidInputError (`submission_conflict`) for another job under a known id.
+        """
+        from mpq import __version__  # late: `mpq` itself may still be loading
+
+        with self._write() as session:
+            return jobs.submit(
+                session,
+                spec,
+                "",
+                __version__,
+                body=body,
+                submission_id=submission_id,
+                owner=owner,
+                priority=priority,
+                tags=tags,
+                queued=queued,
+            )
+
+    def job(self, run_id: str) -> JobRecord:
+        """Return who submitted a run and who drives it."""
+        with self._read() as session:
+            return jobs.one(session, run_id)
+
+    def take(self, run_id: str, driver: str, seconds: float, instead_of: str | None = None) -> None:
+        """Let a driver drive a run; raises StorageError (`run_driven`) where another one does.
+
+        A stopped or failed run is pending again; the lease of `instead_of` is taken on.
+        """
+        with self._write() as session:
+            jobs.take(session, run_id, driver, seconds, instead_of)
+
+    def take_next(self, driver: str, seconds: float, per_owner: int | None = None) -> str | None:
+        """Take the queued or abandoned run that is next, None where there is none."""
+        with self._write() as session:
+            return jobs.take_next(session, driver, seconds, per_owner)
+
+    def renew(self, run_id: str, driver: str, seconds: float) -> bool:
+        """Make a lease longer; return whether the run was asked to stop.
+
+        Raises StorageError (`lease_lost`) where another driver has the run.
+        """
+        with self._write() as session:
+            return jobs.renew(session, run_id, driver, seconds)
+
+    def release(self, run_id: str, driver: str) -> None:
+        """End a lease."""
+        with self._write() as session:
+            jobs.release(session, run_id, driver)
+
+    def request_stop(self, run_id: str) -> RunState:
+        """Ask a run to stop; one that nobody drives is stopped at once. Returns its state."""
+        with self._write() as session:
+            return jobs.request_stop(session, run_id)
+
+    def start_run(self, run_id: str, device: str) -> None:
+        """Let a pending, stopped, failed or abandoned run run on a device."""
+        with self._write(run_id) as session:
+            runs.start(session, run_id, device)
+            progress.clear(session, run_id)
+
+    def delete_run(self, run_id: str) -> None:
+        """Take a run out of the database; raises StorageError where somebody drives it."""
+        with self._write(run_id) as session:
+            found = jobs.one(session, run_id)
+            if found.is_driven:
+                raise StorageError(
+                    "run_driven", f"run {run_id} is being driven by {found.driver}: stop it first"
+                )
+            runs.delete(session, run_id)
+
+    def put_progress(self, run_id: str, stage: str, done: int, total: int) -> None:
+        """Keep how far a stage is."""
+        with self._write() as session:
+            progress.put(session, run_id, stage, done, total)
+
+    def progress(self, run_id: str) -> list[StageRecord]:
+        """Return how far the stages of a run are, in the order in which they began."""
+        with self._read(run_id) as session:
+            return progress.get(session, run_id)
 
     def set_state(self, run_id: str, state: RunState, error: MpqError | None = None) -> None:
         """Move a run to another state; raises InvalidInputError where it may not go there."""

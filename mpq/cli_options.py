@@ -1,0 +1,18 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Database URL or SQLite file (default: $MPQ_STORAGE, else mpq.db here).",
+    ),
+]
+RunName = Annotated[
+    str, typer.Argument(help="Run id, its beginning, a job's name, or 'latest'.", metavar="RUN")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

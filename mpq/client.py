@@ -1,0 +1,158 @@
+"""The Python face of the service: submit jobs, watch them, and query what there is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mpq import service
+from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.jobs import JobSpec, RunState
+from mpq.jobfile import load_job, parse_job
+from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
+from mpq.store.store import Store, open_store
+
+
+class Client:
+    """Jobs in a database, driven by processes of their own on this machine.
+
+    `storage` is a URL or path as for `mpq.open_store`. Use it as a context manager, or close it.
+    """
+
+    def __init__(self, storage: str | os.PathLike[str] | Store | None = None) -> None:
+        self._owns = not isinstance(storage, Store)
+        self.store = open_store(storage)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; runs go on."""
+        if self._owns:
+            self.store.close()
+
+    def submit(
+        self,
+        job: JobSpec | dict[str, Any] | str | Path,
+        *,
+        submission_id: str | None = None,
+        priority: int = 0,
+        tags: Sequence[str] = (),
+        user: str | None = None,
+        queue: bool = False,
+    ) -> RunHandle:
+        """Submit a job, its keys, or the path of a job file, and return its run.
+
+        The same `submission_id` returns the same run. A process of its own drives it, or, with
+        `queue`, whichever `mpq drive` is next. Raises InvalidInputError for what cannot be run.
+        """
+        run_id, _ = service.submit(
+            self.store,
+            _spec(job),
+            submission_id=submission_id,
+            owner=user,
+            priority=priority,
+            tags=tags,
+            queue=queue,
+        )
+        return RunHandle(self.store, run_id)
+
+    def run(self, name: str = "latest") -> RunHandle:
+        """Return the run that an id, its beginning, a job's name or "latest" stands for."""
+        return RunHandle(self.store, self.store.resolve_run(name))
+
+    def runs(self, **wanted: Any) -> list[RunRecord]:
+        """Return the newest runs with these properties (see `Store.runs`)."""
+        return self.store.runs(**wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class RunHandle:
+    """One run, wherever it is driven."""
+
+    store: Store
+    id: str
+
+    def record(self) -> RunRecord:
+        """Return what is known of it."""
+        return self.store.run(self.id)
+
+    def job(self) -> JobRecord:
+        """Return who submitted it and who drives it."""
+        return self.store.job(self.id)
+
+    def status(self) -> RunState:
+        """Return its state."""
+        return self.store.run(self.id).state
+
+    def progress(self) -> list[StageRecord]:
+        """Return how far its stages are."""
+        return self.store.progress(self.id)
+
+    def wait(self, timeout_s: float | None = None, *, bars: bool = False) -> RunState:
+        """Wait until it has ended, with bars on standard error if asked; return its state.
+
+        Raises TimeoutError.
+        """
+        if not bars:
+            return service.wait(self.store, self.id, timeout_s)
+        from mpq.served import LiveStages
+
+        with LiveStages() as live:
+            return service.wait(self.store, self.id, timeout_s, live.look)
+
+    async def wait_async(self, timeout_s: float | None = None) -> RunState:
+        """Wait without holding up the event loop."""
+        return await asyncio.to_thread(self.wait, timeout_s)
+
+    def logs(self, after: int = 0) -> Iterator[EventRecord]:
+        """Yield the lines of its log whose number is larger than `after`."""
+        yield from self.store.events(self.id, after)
+
+    def stop(self) -> RunState:
+        """Stop it; what it found stays. Returns its state after at most 15 s."""
+        return service.stop(self.store, self.id)
+
+    def resume(self) -> None:
+        """Let a process of its own go on with it; finished scores are used again."""
+        service.start_driver(self.store, self.id)
+
+    def delete(self) -> None:
+        """Take it out of the database."""
+        self.store.delete_run(self.id)
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Wait and return its `SearchResult`; raises RunFailedError where it has none."""
+        state = self.wait(timeout_s)
+        if state is not RunState.SUCCEEDED:
+            run = self.record()
+            reason = run.error_message or f"it is {state}"
+            raise RunFailedError(run.error_code or "run_stopped", f"run {self.id}: {reason}")
+        from mpq.result import SearchResult
+
+        return SearchResult(self.store, self.id)
+
+
+def _spec(job: JobSpec | dict[str, Any] | str | Path) -> JobSpec:
+    if isinstance(job, JobSpec):
+        return replace(job)
+    if isinstance(job, dict):
+        return parse_job(job)
+    if isinstance(job, str | Path):
+        return load_job(job)
+    raise InvalidInputError(
+        "job", f"a job is a JobSpec, a dict of its keys or the path of a file, got {job!r}"
+    )

@@ -1,0 +1,394 @@
+"""Jobs that outlive whoever submits them: submissions, leases, stop, resume, killed drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import mpq
+from mpq import service
+from mpq.cli import app
+from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
+from mpq.core.jobs import JobSpec, RunState
+from mpq.driving import driver_name, driving
+from mpq.store import jobs
+from mpq.store.store import Store, open_store
+
+JOB: dict[str, Any] = {
+    "model": "tests.slow_net:make_model",
+    "calibration": "tests.slow_net:batches",
+    "budgets": ("memory <= 60%",),
+    "schemes": ("int3", "int4", "int8"),
+    "metric": "kl",
+    "executor": "serial",
+    "refine": 0,
+}
+
+
+def spec(**changes: Any) -> JobSpec:
+    return JobSpec(**JOB | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(tmp_path / "runs.db") as opened:
+        yield opened
+
+
+def queued(store: Store, **options: Any) -> str:
+    run_id, is_new = service.submit(store, spec(), queue=True, **options)
+    assert is_new
+    return run_id
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setenv("MPQ_TEST_SLEEP", str(seconds))
+
+
+def until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def scores(store: Store, run_id: str) -> dict[str, Any]:
+    table = store.sensitivity(run_id)
+    return {f"{unit} {s}": v for (unit, s), v in zip(table.cells, table.values, strict=True)}
+
+
+# Submissions
+
+
+def test_the_same_submission_is_the_same_run(store: Store) -> None:
+    first = service.submit(store, spec(), submission_id="nightly", queue=True, tags=["a", "b", "a"])
+    assert first[1]
+    assert service.submit(store, spec(), submission_id="nightly", queue=True) == (first[0], False)
+    with pytest.raises(InvalidInputError, match=r"'nightly' is run .*, which is another job"):
+        service.submit(store, spec(seed=1), submission_id="nightly", queue=True)
+    assert len(store.runs()) == 1
+    job = store.job(first[0])
+    assert (job.submission_id, job.tags, job.attempts) == ("nightly", ("a", "b"), 0)
+    assert store.run(first[0]).state is RunState.PENDING
+
+
+def test_many_submitters_of_the_same_submissions_make_each_once(store: Store) -> None:
+    """16 threads, 40 submissions, each sent by everybody."""
+
+    def send(_: int) -> list[tuple[str, bool]]:
+        return [service.submit(store, spec(), submission_id=f"s{i}", queue=True) for i in range(40)]
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(send, range(16)))
+    assert len({tuple(run_id for run_id, _ in one) for one in found}) == 1
+    assert sum(is_new for one in found for _, is_new in one) == 40
+    assert len(store.runs(limit=None)) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"model": "<live Linear>"}, {}, "model is an object of this process"),
+        ({}, {"submission_id": " "}, "1 to 200 characters"),
+        ({}, {"priority": 1.5}, "whole number from -1000"),
+        ({}, {"tags": "word"}, "tags is a list of words"),
+    ],
+)
+def test_what_cannot_be_submitted_is_told(
+    store: Store, changes: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        service.submit(store, spec(**changes), queue=True, **options)
+    assert store.runs() == []
+
+
+# Leases
+
+
+def test_only_one_drives_until_the_lease_ends(store: Store) -> None:
+    run_id = queued(store)
+    store.take(run_id, "a:1", 1000)
+    with pytest.raises(StorageError, match=r"is being driven by a:1 since .* UTC: wait, or stop"):
+        store.take(run_id, "b:2", 1000)
+    store.take(run_id, "a:1", -1)  # it ends, and another one takes over
+    store.take(run_id, "b:2", 1000)
+    with pytest.raises(StorageError, match="now driven by b:2"):
+        store.renew(run_id, "a:1", 10)
+    store.release(run_id, "a:1")
+    assert store.job(run_id).is_driven
+    store.release(run_id, "b:2")
+    job = store.job(run_id)
+    assert (job.driver, job.is_driven, job.attempts) == ("b:2", False, 3)
+    with pytest.raises(InvalidInputError, match="unknown run"):
+        store.take("nothing", "a:1", 10)
+
+
+def test_leases_follow_the_clock_of_the_database(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = queued(store)
+    store.take(run_id, "a:1", 20)
+    real = jobs.now
+    monkeypatch.setattr(jobs, "now", lambda s: real(s) + timedelta(seconds=19))
+    with pytest.raises(StorageError, match="is being driven"):
+        store.take(run_id, "b:2", 20)
+    monkeypatch.setattr(jobs, "now", lambda s: real(s) + timedelta(seconds=21))
+    store.take(run_id, "b:2", 20)
+    monkeypatch.setattr("time.time", lambda: 0.0)  # whatever this machine believes
+    assert store.job(run_id).driver == "b:2"
+
+
+def test_claims_are_of_one_driver_each(store: Store) -> None:
+    """8 claimers, 60 runs: every run once, whoever comes first."""
+    wanted = {queued(store) for _ in range(60)}
+
+    def claim(number: int) -> list[str]:
+        found = []
+        while (run_id := store.take_next(f"d{number}:1", 1000)) is not None:
+            found.append(run_id)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [run_id for one in pool.map(claim, range(8)) for run_id in one]
+    assert len(found) == 60
+    assert set(found) == wanted
+
+
+def test_priority_then_fairness_then_age(store: Store) -> None:
+    old = [queued(store, owner="ann") for _ in range(3)]
+    other = queued(store, owner="bob")
+    urgent = queued(store, owner="ann", priority=5)
+    assert store.take_next("d:1", 1000) == urgent
+    assert store.take_next("d:1", 1000) == other  # ann has one, bob none
+    assert store.take_next("d:1", 1000, per_owner=1) is None
+    assert store.take_next("d:1", 1000, per_owner=2) == old[0]
+    assert store.take_next("d:1", 1000, per_owner=2) is None
+    assert [store.take_next("d:1", 1000) for _ in range(3)] == [old[1], old[2], None]
+
+
+def test_an_abandoned_run_comes_again_and_what_is_not_queued_does_not(store: Store) -> None:
+    run_id = queued(store)
+    own = store.create_run(spec())
+    assert store.take_next("a:1", 1000) == run_id
+    store.start_run(run_id, "here")
+    assert store.take_next("b:2", 1000) is None
+    store.take(run_id, "a:1", -1)
+    assert store.take_next("b:2", 1000) == run_id
+    assert "taken over from a:1" in store.notes(run_id)[-1]
+    assert store.run(own).state is RunState.PENDING
+
+
+def test_a_driver_hears_of_stop_and_of_a_lost_lease(store: Store) -> None:
+    run_id, other = queued(store), queued(store)
+
+    def stopped() -> None:
+        with driving(store, run_id):
+            assert service.stop(store, run_id, wait_s=0) is RunState.PENDING
+            time.sleep(10)
+
+    def robbed() -> None:
+        with driving(store, other, instead_of="a:1"):
+            store.take(other, str(store.job(other).driver), -1)
+            store.take(other, "b:2", 1000)
+            time.sleep(10)
+
+    for work in (stopped, robbed):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    assert not store.job(run_id).is_driven
+    assert store.job(other).driver == "b:2"
+    assert "lost its lease" in store.notes(other)[-1]
+
+
+def test_a_thread_of_a_program_is_not_interrupted(store: Store) -> None:
+    run_id = queued(store)
+
+    def work() -> None:
+        with driving(store, run_id):
+            time.sleep(3)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    until(lambda: store.job(run_id).is_driven)
+    service.stop(store, run_id, wait_s=0)
+    thread.join()
+    assert "cannot be stopped" in store.notes(run_id)[-1]
+
+
+# Whole runs
+
+
+def test_a_submitted_run_is_driven_by_a_process_of_its_own(store: Store) -> None:
+    client = mpq.Client(store)
+    run = client.submit(JOB | {"name": "toy"}, tags=["night"])
+    assert asyncio.run(run.wait_async(60)) is RunState.SUCCEEDED
+    assert run.job().driver != driver_name()
+    assert not run.job().is_driven
+    here = mpq.run_job(spec(), store)
+    result = run.result()
+    assert result.allocation == here.allocation
+    assert scores(store, run.id) == scores(store, here.run_id)
+    assert {s.stage: (s.done, s.total) for s in run.progress()}["scoring (kl)"] == (10, 10)
+    assert [e.kind for e in run.logs()]
+    with pytest.raises(InvalidInputError, match="has succeeded: there is nothing to do"):
+        run.resume()
+    run.delete()
+    assert [r.id for r in client.runs()] == [here.run_id]
+
+
+def test_a_job_that_cannot_begin_fails_with_its_reason(store: Store) -> None:
+    run = mpq.Client(store).submit(JOB | {"model": "tests.slow_net:broken"})
+    with pytest.raises(RunFailedError, match="the weights are gone"):
+        run.result(60)
+    assert run.status() is RunState.FAILED
+
+
+def test_stop_and_resume(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 0.3)
+    run = mpq.Client(store).submit(JOB)
+    until(lambda: any(s.stage.startswith("scoring") and s.done for s in run.progress()))
+    driver = int(str(run.job().driver).split(":")[1])
+    started = time.monotonic()
+    assert run.stop() is RunState.STOPPED
+    assert time.monotonic() - started < 10
+    until(lambda: not alive(driver))
+    before = scored(store)
+    assert 0 < before < 10
+    slow(monkeypatch, 0)
+    run.resume()
+    assert run.wait(60) is RunState.SUCCEEDED
+    assert run.job().attempts == 2
+    assert scores(store, run.id) == scores(store, mpq.run_job(spec(), store).run_id)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def scored(store: Store) -> int:
+    from sqlalchemy import func, select
+
+    from mpq.store.models import PartialRow
+
+    with store._read() as session:
+        return session.scalar(select(func.count()).select_from(PartialRow)) or 0
+
+
+def drive_and_kill(store: Store, run_id: str, after_s: float) -> None:
+    """Start a driver process and kill it some seconds later, or when it is done."""
+    url = store.url.render_as_string(hide_password=False)
+    environment = os.environ | {"MPQ_STORAGE": url, "MPQ_TEST_SLEEP": "0.05"}
+    command = [sys.executable, "-m", "mpq.driver", run_id]
+    with subprocess.Popen(command, env=environment, stderr=-3) as process:
+        try:
+            process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+
+
+def killed_and_resumed(store: Store, points: int, seed: int) -> None:
+    """Kill the driver at random points; all that was committed is used, the answer is the same."""
+    import random
+
+    rng = random.Random(seed)
+    expected = mpq.run_job(spec(), store)
+    with store._write() as session:
+        from sqlalchemy import delete
+
+        from mpq.store.models import PartialRow
+
+        session.execute(delete(PartialRow))
+    run_id = queued(store)
+    for _ in range(points):
+        before = scored(store)
+        drive_and_kill(store, run_id, rng.uniform(1.5, 4.0))
+        assert scored(store) >= before
+        if store.run(run_id).state is RunState.SUCCEEDED:
+            break
+        with store._write() as session:  # as if twenty seconds had passed
+            jobs_now = jobs.now(session)
+            from sqlalchemy import update
+
+            from mpq.store.models import JobRow
+
+            session.execute(update(JobRow).values(lease_until=jobs_now - timedelta(seconds=1)))
+    if store.run(run_id).state is not RunState.SUCCEEDED:
+        drive_and_kill(store, run_id, 120)
+    assert store.run(run_id).state is RunState.SUCCEEDED
+    assert scores(store, run_id) == scores(store, expected.run_id)
+    found = mpq.SearchResult(store, run_id)
+    assert found.allocation == expected.allocation
+
+
+def test_a_killed_driver_loses_nothing(store: Store) -> None:
+    killed_and_resumed(store, 2, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_driver_killed_at_twenty_points_loses_nothing(store: Store, seed: int) -> None:
+    killed_and_resumed(store, 4, seed + 1)
+
+
+def test_the_second_driver_ends_with_four(store: Store) -> None:
+    run_id = queued(store)
+    store.take(run_id, "a:1", 1000)
+    url = store.url.render_as_string(hide_password=False)
+    started = time.monotonic()
+    found = CliRunner().invoke(app, ["resume", run_id, "--storage", url])
+    assert isinstance(found.exception, StorageError)
+    assert found.exception.exit_code == 4
+    assert "is being driven by a:1 since" in str(found.exception)
+    assert time.monotonic() - started < 5
+
+
+def test_the_queue_is_driven_until_it_is_empty(store: Store) -> None:
+    ids = [queued(store, owner=f"user{i}") for i in range(3)]
+    assert service.drive_queue(store, drivers=2, until_empty=True) == 3
+    assert {store.run(run_id).state for run_id in ids} == {RunState.SUCCEEDED}
+
+
+# The command line
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPQ_STORAGE", str(tmp_path / "runs.db"))
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(JOB | {"name": "toy"}))
+    runner = CliRunner()
+
+    def said(*words: str, code: int = 0) -> str:
+        found = runner.invoke(app, list(words))
+        assert found.exit_code == code, (words, found.output, found.exception)
+        return found.stdout
+
+    run_id = said("submit", str(job), "--queue", "--submission-id", "x", "--tag", "t").strip()
+    assert said("submit", str(job), "--queue", "--submission-id", "x").strip() == run_id
+    assert "nobody drives it" in said("status", "toy")
+    assert said("stop", "toy").strip() == f"{run_id} STOPPED"
+    assert said("resume", "toy", "--detach").strip() == run_id
+    assert "SUCCEEDED" in said("status", "toy", "--wait")
+    status = json.loads(said("status", "toy", "--json"))
+    assert (status["state"], status["tags"], status["attempts"]) == ("SUCCEEDED", ["t"], 1)
+    assert "chosen: " in said("logs", "toy", "-f")
+    assert said("delete", "toy").strip() == run_id
+    with open_store() as store:
+        assert store.runs() == []
