@@ -39,6 +39,19 @@ def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> JobS
     return parse_job(content | dict(changes or {}), str(path))
 
 
+def job_schema() -> str:
+    """Return the JSON Schema of a job file."""
+    import pydantic
+
+    schema = pydantic.TypeAdapter(JobSpec).json_schema()
+    schema["additionalProperties"] = False
+    schema["required"].remove("budgets")  # a job that minimises a cost needs none
+    schema["anyOf"] = [{"required": ["budgets"]}, {"required": ["minimise"]}]
+    schema["title"] = "mpq job"
+    schema["description"] = "A search: TOML or JSON with these keys, all described in JobSpec."
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
 def _json(text: str) -> Any:
     """Read JSON in which no key may appear twice, as in TOML."""
 

@@ -16,6 +16,7 @@ from torch import nn
 from mpq.core.errors import InvalidInputError, unknown
 
 _IMPORTING = re.compile(r"^<frozen importlib|[/\\]importlib[/\\]__init__\.py$")
+_HUB = "hf:"
 _LONGEST = 300  # characters of somebody else's error that are told
 
 
@@ -73,7 +74,12 @@ def called(function: Callable[[], Any], what: str) -> Any:
 
 
 def load_model(source: nn.Module | str) -> nn.Module:
-    """Return the network: itself, what an entry point makes, or a Hugging Face directory's."""
+    """Return the network: itself, what an entry point makes, or that of Hugging Face.
+
+    "package.module:factory@weights.safetensors" gives the network that the factory makes the
+    weights of a file; "hf:organisation/name" is the id of a Hugging Face model, which transformers
+    downloads unless it is in its cache, a directory one that is here.
+    """
     if isinstance(source, nn.Module):
         return source
     if not isinstance(source, str):
@@ -82,13 +88,31 @@ def load_model(source: nn.Module | str) -> nn.Module:
             f"a model is an nn.Module, 'package.module:factory' or a directory, "
             f"got {type(source).__name__}",
         )
+    if source.startswith(_HUB):
+        return _from_hub(source.removeprefix(_HUB))
     if Path(source).is_dir():
         return _from_directory(Path(source))
-    model = called(load_entry_point(source, "model"), f"model {source!r}")
+    factory, at, weights = source.partition("@")
+    model = called(load_entry_point(factory, "model"), f"model {factory!r}")
     if not isinstance(model, nn.Module):
         raise InvalidInputError(
-            "model", f"{source!r} returned a {type(model).__name__}, not an nn.Module"
+            "model", f"{factory!r} returned a {type(model).__name__}, not an nn.Module"
         )
+    return _with_weights(model, weights) if at else model
+
+
+def _with_weights(model: nn.Module, path: str) -> nn.Module:
+    """Load a safetensors file into a network; tied weights may be stored once."""
+    import safetensors.torch
+
+    if not path.endswith(".safetensors"):
+        raise InvalidInputError(
+            "model", f"weights are a .safetensors file, got {path!r}: others may run code"
+        )
+    try:
+        safetensors.torch.load_model(model, path, strict=True)
+    except Exception as error:  # a missing or broken file, or that of another network
+        raise InvalidInputError("model", f"cannot load {path}: {_one_line(error)}") from error
     return model
 
 
@@ -154,16 +178,31 @@ def _read_config(directory: Path) -> Any:
 
 
 def _from_directory(directory: Path) -> nn.Module:
-    config, transformers = _read_config(directory), _transformers()
+    return _pretrained(_read_config(directory), directory, local_files_only=True)
+
+
+def _from_hub(name: str) -> nn.Module:
+    """Return a model by its id; HF_HUB_OFFLINE=1 keeps to what is in the cache."""
+    try:
+        config = _transformers().AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except InvalidInputError:
+        raise
+    except Exception as error:  # of many kinds: unknown ids, no network, private models
+        raise InvalidInputError("model", f"cannot load {_HUB}{name}: {_one_line(error)}") from error
+    return _pretrained(config, name)
+
+
+def _pretrained(config: Any, source: str | Path, **options: Any) -> nn.Module:
+    transformers = _transformers()
     architectures = getattr(config, "architectures", None) or []
     try:
         cls = getattr(transformers, architectures[0], None) if architectures else None
         # Written-out attention differentiates twice on any device; remote code is never run.
         model: nn.Module = (cls or transformers.AutoModel).from_pretrained(
-            directory, local_files_only=True, attn_implementation="eager", trust_remote_code=False
+            source, attn_implementation="eager", trust_remote_code=False, **options
         )
     except Exception as error:  # of many kinds: missing or broken files
-        raise InvalidInputError("model", f"cannot load {directory}: {_one_line(error)}") from error
+        raise InvalidInputError("model", f"cannot load {source}: {_one_line(error)}") from error
     return model
 
 

@@ -25,7 +25,8 @@ class JobSpec:
     """Everything a search is asked for; entry points are "package.module:name".
 
     `version` is that of this record, `name` what a person calls the run. `model` is called
-    without arguments and returns the network, or is a Hugging Face directory; `calibration` and
+    without arguments and returns the network, "package.module:factory@weights.safetensors" with
+    the weights of a file, or is a Hugging Face directory or id "hf:name"; `calibration` and
     `held_out` return lists of batches; `sample` one batch of the shape that will be served
     (default: the first calibration sample alone), which MACs, memory while running and latency
     are for. `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
