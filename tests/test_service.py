@@ -275,6 +275,55 @@ def test_stop_and_resume(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores(store, run.id) == scores(store, mpq.run_job(spec(), store).run_id)
 
 
+PHASES: dict[str, tuple[dict[str, Any], str]] = {
+    "scoring": ({"executor": "ray", "num_workers": 2}, "scoring"),
+    "timing": (
+        {"budgets": ("latency <= 90%",), "schemes": ("fp32", "int8:int8"), "latency_seconds": 60.0},
+        "kernel latency",
+    ),
+    "searching": (
+        {"solver": "evolution", "schemes": tuple(f"int{b}" for b in range(2, 9))},
+        "measuring",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_stops_in_ten_seconds_whatever_it_does(
+    store: Store, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """And nothing is left of its processes."""
+    changes, stage = PHASES[phase]
+    slow(monkeypatch, 0.02 if phase == "timing" else 0.1)
+    run = mpq.Client(store).submit(JOB | changes)
+    until(lambda: any(s.stage.startswith(stage) and s.done for s in run.progress()), 120)
+    driver = int(str(run.job().driver).split(":")[1])
+    family = descendants(driver)
+    started = time.monotonic()
+    assert run.stop() is RunState.STOPPED
+    assert time.monotonic() - started < 10
+    until(lambda: not any(map(alive, [driver, *family])), 20)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they did."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, waiting = [], [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
