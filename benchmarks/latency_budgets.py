@@ -80,7 +80,9 @@ def main() -> None:
         table = first.problem.costs["latency"]
         print(f"table: {table.provenance}")
         limits = np.linspace(fastest_s(first), table.baseline, given.budgets + 2)[1:-1]
-        chosen = [search(f"latency <= {1e3 * float(limit)!r} ms").unit_allocation for limit in limits]
+        chosen = [
+            search(f"latency <= {1e3 * float(limit)!r} ms").unit_allocation for limit in limits
+        ]
         uniform = {str(scheme): a for scheme, a in first.problem.uniform().items()}
         target = get_target("onnxruntime")
         model, batches = minilm.make_model(), minilm.calibration_batches()[:1]

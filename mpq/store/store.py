@@ -34,7 +34,7 @@ from mpq.store import (
     solutions,
     tables,
 )
-from mpq.store.address import shown, storage_url
+from mpq.store.address import shown, sqlite_file, storage_url
 from mpq.store.engine import make_engine, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
@@ -92,6 +92,11 @@ class Store:
     def url(self) -> URL:
         """Where the database is; `str` hides the password, `render_as_string(False)` does not."""
         return self._engine.url
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the database is in the memory of this process, with one connection for all."""
+        return self.url.get_backend_name() == "sqlite" and sqlite_file(self.url) is None
 
     def close(self) -> None:
         """Close every connection."""
