@@ -38,10 +38,6 @@ def driving(
     is_main = threading.current_thread() is threading.main_thread()
     name = driver_name()
     store.take(run_id, name, LEASE_S, instead_of)
-    if store.in_memory:  # nobody else sees it, and its one connection is not for two threads
-        yield
-        store.release(run_id, name)
-        return
     done = threading.Event()
     beat = threading.Thread(
         target=_beat,
@@ -49,12 +45,15 @@ def driving(
         name="lease",
         daemon=True,
     )
-    beat.start()
+    has_ear = not store.in_memory  # whose one connection is not for two threads
+    if has_ear:
+        beat.start()
     try:
         yield
     finally:
         done.set()
-        beat.join(timeout=LEASE_S)
+        if has_ear:
+            beat.join(timeout=LEASE_S)
         store.release(run_id, name)
 
 
