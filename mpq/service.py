@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.jobs import JobSpec, RunState
 from mpq.driving import LEASE_S, driver_name
 from mpq.store.store import Store
 
 _LIVE = "<live "  # how a job tells of an object that was passed as it is
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
+_ABANDONED_S = 30.0
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
 ENDED = frozenset({RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED})
 
@@ -142,15 +143,26 @@ def wait(
 ) -> RunState:
     """Wait until a run has ended and return its state; TimeoutError after `timeout_s`.
 
-    `listen(store, run_id)` is called with every look, five times a second.
+    `listen(store, run_id)` is called with every look, five times a second. Raises RunFailedError
+    (`run_abandoned`) where its driver went away and no other one came for half a minute.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    driven = time.monotonic()
     while True:
         state = store.run(run_id).state
         if listen is not None:
             listen(store, run_id)
         if state in ENDED:
             return state
+        job = store.job(run_id)
+        if job.is_driven or state is not RunState.RUNNING:
+            driven = time.monotonic()
+        elif time.monotonic() - driven > _ABANDONED_S:
+            raise RunFailedError(
+                "run_abandoned",
+                f"run {run_id} lost its driver {job.driver} and no other one came: 'mpq resume "
+                f"{run_id}' goes on where it was",
+            )
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"run {run_id} is {state} after {timeout_s:g} s")
         time.sleep(0.2)

@@ -192,6 +192,19 @@ def test_an_abandoned_run_comes_again_and_what_is_not_queued_does_not(store: Sto
     assert store.run(own).state is RunState.PENDING
 
 
+def test_who_waits_for_an_abandoned_run_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = queued(store)
+    with pytest.raises(TimeoutError, match=r"is PENDING after 0\.3 s"):
+        service.wait(store, run_id, 0.3)
+    store.take(run_id, "a:1", -1)
+    store.start_run(run_id, "here")
+    monkeypatch.setattr(service, "_ABANDONED_S", 0.3)
+    with pytest.raises(RunFailedError, match=f"lost its driver a:1 .*'mpq resume {run_id}'"):
+        service.wait(store, run_id, 10)
+
+
 def test_a_driver_hears_of_stop_and_of_a_lost_lease(store: Store) -> None:
     run_id, other = queued(store), queued(store)
 
