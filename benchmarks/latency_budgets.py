@@ -73,6 +73,7 @@ def main() -> None:
                 sample=sample,
                 budgets=[budget],
                 latency_seconds=given.seconds,
+                executor="serial",  # nothing runs beside what is measured
                 storage=store,
             )
 
