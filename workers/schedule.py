@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning, RunFailedError
+from mpq.core.errors import MpqError, MpqWarning, RunFailedError
+from workers.errors import HOPELESS, in_one, of_user
 from workers.pool import Died, Event, Finished, Outcome, Pool, Ready, SetupFailed, Started, Work
 
 _CHANCE = 1e-3  # that any innocent task of a run is given up because processes died under it
 _MOST_TRIES = 10
-_HOPELESS = 5  # tasks that were given up while none has finished: the rest is not tried
 _REMEMBERED = 1001  # seconds of finished tasks that a hang is judged by
 
 
@@ -79,7 +79,7 @@ class _Tasks:
 
     def hopeless(self) -> bool:
         """Tell whether the tasks that were not tried are better left so."""
-        return len(self.failed) >= _HOPELESS and not self.finished
+        return len(self.failed) >= HOPELESS and not self.finished
 
     def tries_allowed(self, position: int, least: int) -> int:
         """Return `least`, more where so many processes die that as many in a row may be chance."""
@@ -137,7 +137,7 @@ class Schedule:
             for number in [n for n, p in self._processes.items() if p.state == "busy"]:
                 self._end(number)
         if tasks.failed:
-            raise _in_one(tasks.failed)
+            raise in_one(tasks.failed)
 
     def close(self) -> None:
         """End every process."""
@@ -226,7 +226,7 @@ class Schedule:
             self._idle.append(event.process)
         elif isinstance(event, SetupFailed):
             self._end(event.process)
-            if _of_user(event.error):
+            if of_user(event.error):
                 tasks.refused = event.error
             self._lost_start(event.error)
         else:
@@ -237,9 +237,7 @@ class Schedule:
                 self._lost_start(event.reason)
         return []
 
-    def _finished(
-        self, event: Finished, process: _Process, tasks: _Tasks
-    ) -> list[tuple[int, Any]]:
+    def _finished(self, event: Finished, process: _Process, tasks: _Tasks) -> list[tuple[int, Any]]:
         items = dict(process.work)
         results = []
         for outcome in event.outcomes:
@@ -265,7 +263,7 @@ class Schedule:
         """Decide about a task that raised."""
         position, error = outcome.position, outcome.error
         assert error is not None
-        if _of_user(error):
+        if of_user(error):
             tasks.refused = error
         elif outcome.out_of_memory:
             if together > 1:
@@ -335,11 +333,6 @@ class Schedule:
         self._pool.kill(number)
 
 
-def _of_user(error: MpqError) -> bool:
-    """Tell whether an error is about what was given, which no other try would change."""
-    return isinstance(error, InvalidInputError | InfeasibleError)
-
-
 def _starved(position: int, item: Any, why: str, tasks: _Tasks) -> None:
     """Decide about a task that ran out of memory: once more, alone."""
     if position in tasks.starved:
@@ -356,16 +349,3 @@ def _starved(position: int, item: Any, why: str, tasks: _Tasks) -> None:
         MpqWarning,
         stacklevel=2,
     )
-
-
-def _in_one(failed: dict[int, MpqError]) -> MpqError:
-    """Return one error for all tasks that failed."""
-    first, *others = sorted(failed)
-    if not others:
-        return failed[first]
-    some = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
-    error = RunFailedError(
-        failed[first].code, f"{failed[first]}; {len(others)} more tasks failed: {some}"
-    )
-    error.__cause__ = failed[first]
-    return error

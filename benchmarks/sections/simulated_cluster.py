@@ -82,18 +82,22 @@ class SimulatedCluster:
             heapq.heappop(self._coming)[2]()
 
     def now(self) -> float:
+        """Return the simulated time."""
         return self.clock
 
     def capacity(self) -> int:
+        """Return the processors of all nodes that are there."""
         return len(self._free) + sum(map(len, self._members.values()))
 
     def start(self) -> int:
+        """Ask for a process; it waits until a processor is free."""
         self._processes.append(_Simulated())
         self._pending.append(len(self._processes) - 1)
         self._place()
         return len(self._processes) - 1
 
     def submit(self, process: int, work: Sequence[Work]) -> None:
+        """Let a process do tasks, or die, hang or fail at one of them."""
         simulated = self._processes[process]
         if not simulated.alive:
             return
@@ -127,6 +131,7 @@ class SimulatedCluster:
         self._at(self.clock + spent, answer)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
+        """Move the clock to the next event."""
         until = self.clock + timeout_s
         while self._coming and self._coming[0][0] <= until:
             when, _, happen = heapq.heappop(self._coming)
@@ -138,9 +143,11 @@ class SimulatedCluster:
         return ()
 
     def kill(self, process: int) -> None:
+        """End a process; its processor is free."""
         self._gone(process)
 
     def no_resources(self, patience_s: float) -> MpqError:
+        """Return the error of a cluster that is full."""
         return StorageError("no_resources", f"no worker started in {patience_s:.0f} s")
 
     def _at(self, when: float, happen: Callable[[], Event | None]) -> None:
