@@ -88,7 +88,7 @@ class RayExecutor:
         """
         ray = self._connected()
         options = _options({**self._resources, "bench": 1}, num_cpus=0)  # workers hold the CPUs
-        found: Result = ray.get(ray.remote(max_retries=2, **options)(fn).remote())
+        found: Result = ray.get(ray.remote(max_retries=2, **options)(_call).remote(fn))
         return found
 
     def close(self) -> None:
@@ -240,6 +240,10 @@ class _Worker:
             error=failure,
             out_of_memory=out_of_memory,
         )
+
+
+def _call(fn: Callable[[], Any]) -> Any:
+    return fn()
 
 
 def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any]:
