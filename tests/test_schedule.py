@@ -209,6 +209,17 @@ def test_a_long_task_among_short_ones_is_no_hang() -> None:
     assert pool.runs[7] == 3  # ended after 30 and 60 s, finished within 120 s
 
 
+def test_a_caller_that_takes_its_time_over_a_result_makes_no_hang() -> None:
+    pool = cluster(Node(slots=3), seconds=lengths(5))
+    found = []
+    for number, result in enumerate(Schedule(pool, QUICK).run(items(30))):
+        found.append(result)
+        if number % 10 == 5:  # meanwhile the others answer
+            pool.clock += 1000.0
+    assert sorted(found) == everything(30)
+    assert set(pool.runs.values()) == {1}
+
+
 def test_a_hanging_setup_is_ended() -> None:
     pool = cluster(Node(slots=1), setup_s=10_000.0)
     found, error = until_error(Schedule(pool, QUICK), 3)

@@ -120,12 +120,13 @@ class Schedule:
             process.since = began
         self._lost_starts, self._next_look = 0, -math.inf
         try:
+            self._look(tasks)
+            self._fill(tasks)
             while tasks.left() or self._busy:
-                self._look(tasks)
-                self._fill(tasks)
                 results: list[tuple[int, Any]] = []
                 for event in self._pool.wait(max(0.0, self._next_look - self._pool.now())):
                     results += self._heard(event, tasks)
+                self._look(tasks)  # only after all answers were heard: the caller may be slow
                 if tasks.refused is None:
                     self._fill(tasks)  # before the caller takes its time over the results
                 yield from results

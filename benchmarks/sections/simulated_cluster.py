@@ -131,16 +131,18 @@ class SimulatedCluster:
         self._at(self.clock + spent, answer)
 
     def wait(self, timeout_s: float) -> Sequence[Event]:
-        """Move the clock to the next event."""
+        """Move the clock to the next event, and return all there are until then."""
         until = self.clock + timeout_s
-        while self._coming and self._coming[0][0] <= until:
+        events: list[Event] = []
+        while self._coming and self._coming[0][0] <= (self.clock if events else until):
             when, _, happen = heapq.heappop(self._coming)
             self.clock = max(self.clock, when)
             event = happen()
             if event is not None:
-                return (event,)
-        self.clock = until
-        return ()
+                events.append(event)
+        if not events:
+            self.clock = until
+        return events
 
     def kill(self, process: int) -> None:
         """End a process; its processor is free."""
