@@ -34,6 +34,9 @@ def run_here(
         typer.Option(help="Replace the job's budgets, e.g. --budget 'memory <= 4 MB'."),
     ] = None,
     executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster: auto or host:port (default: a local Ray).")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +46,7 @@ def run_here(
     from mpq.terminal import print_run
 
     check_writable(report or Path("mpq-report.html"))  # not after an hour of search
-    changes = {"budgets": budget, "executor": executor}
+    changes = {"budgets": budget, "executor": executor, "ray_address": ray_address}
     spec = load_job(job, {key: value for key, value in changes.items() if value})
 
     from mpq.pipeline import run_job

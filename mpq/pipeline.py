@@ -75,6 +75,7 @@ def search(
     hardware: str = "local",
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
+    ray_address: str | None = None,
     num_probes: int = 2,
     refine: int = 4,
     latency_seconds: float = 60.0,
@@ -115,7 +116,7 @@ def search(
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
     Each budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as
-    they are; solvers.risk).
+    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port").
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -163,6 +164,7 @@ def search(
         limits=tuple(limits),
         executor=executor,
         num_workers=num_workers,
+        ray_address=ray_address,
         seed=seed,
         num_probes=num_probes,
         refine=refine,
@@ -222,7 +224,7 @@ def run(
     whose lease the caller holds; what an earlier driver finished is not done again.
     """
     with warnings_kept() as keep, ExitStack() as stack:
-        executor = get_executor(spec.executor, spec.num_workers)
+        executor = get_executor(spec.executor, spec.num_workers, spec.ray_address)
         stack.callback(executor.close)
         if spec.metric != AUTO:
             get_metric(spec.metric)

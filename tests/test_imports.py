@@ -30,7 +30,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("numpy", "torch", "onnx", "onnxruntime", "filelock"),
     ),
     "solvers": (("mpq.core", "solvers"), ("numpy", "pulp", "highspy", "optuna", "numba")),
-    "workers": (("mpq.core", "workers"), ("ray",)),
+    "workers": (("mpq.core", "workers"), ("ray", "grpc")),
 }
 
 # Each of these is slow or large: imported in these files and no other.
@@ -38,7 +38,7 @@ HEAVY = {
     "pulp": {"solvers/milp.py"},
     "highspy": {"solvers/milp.py", "solvers/relaxation.py", "solvers/threads.py"},
     "pyhessian": {"sensitivity/hessian_products.py"},
-    "ray": {"workers/ray_executor.py"},
+    "ray": {"workers/ray_cluster.py"},
     "onnxruntime": {"hw_cost_models/measured/onnxruntime.py", "mpq/deploy/onnxruntime.py"},
     "onnx": {
         "hw_cost_models/measured/graphs.py",

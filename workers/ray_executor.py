@@ -1,44 +1,58 @@
-"""Run tasks on local Ray: one actor per worker, one thread each, results as they finish."""
+"""Run tasks on Ray: one actor per worker, one thread each, results as they finish."""
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
-from mpq.core.errors import RunFailedError, StorageError
-from workers.errors import told
+from mpq.core.errors import MpqError, StorageError
+from workers.errors import sent, told
+from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
+from workers.ray_cluster import INSECURE, connected
+from workers.schedule import Limits, Schedule
 
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TRIES = 3  # of a task whose worker process died
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
-
-
-class _Process(NamedTuple):
-    actor: Any
-    started: Any  # a reference that is ready once the process runs
 
 
 class RayExecutor:
     """An executor over worker processes of Ray; starts a local Ray where none is connected.
 
-    `setup` is put into the object store once: numpy arrays in it are mapped, not copied, by every
-    worker. Ray gives each worker one OpenMP thread: two that share a core slow each other.
+    With `address`, "auto" or "host:port", the processes are those of a cluster: as many as it has
+    free CPUs (at most `num_workers`), nodes that join later included. Every node needs this
+    package, and what the network's classes are imported from. `resources` is what each worker
+    takes beside one CPU: {"gpu": 1}, {"device:jetson": 1}. `setup` is put into the object store
+    once: numpy arrays in it are mapped, not copied, by every worker of a node. Ray gives each
+    worker one OpenMP thread: two that share a core slow each other.
     """
 
     in_process = False
 
-    def __init__(self, num_workers: int | None = None) -> None:
-        self._num_workers = num_workers or os.cpu_count() or 1
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        address: str | None = None,
+        *,
+        insecure: bool = False,
+        resources: Mapping[str, float] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._num_workers = num_workers
+        self._address = address
+        self._insecure = insecure or os.environ.get(INSECURE) == "1"
+        self._resources = dict(resources or {})
+        self._limits = limits
         self._setup: Callable[[], Any] | None = None
-        self._setup_reference: Any = None
-        self._idle: list[_Process] = []
+        self._pool: _RayPool | None = None
+        self._schedule: Schedule | None = None
 
     def map(
         self,
@@ -48,74 +62,145 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
-        A task whose worker process dies runs again on a new one, three times in all; an
-        exception in `setup` or `fn` is raised here as itself where it is an MpqError, else as
-        RunFailedError with its text.
+        A task whose worker process dies or hangs, or that raises, runs again on another, three
+        times in all; an exception in `setup` or `fn` is raised here as itself where it is an
+        MpqError, else as RunFailedError with its text, after all other tasks have finished.
         """
-        waiting = deque(enumerate(items))
-        if not waiting:
+        items = list(items)
+        if not items:
             return
-        ray = _connected(max(self._num_workers, os.cpu_count() or 1))  # others may want more later
-        if self._setup is not setup:
+        ray = self._connected()
+        if self._schedule is None or self._pool is None or self._setup is not setup:
             self.close()
-            self._setup, self._setup_reference = setup, ray.put(setup)
-        fn_reference = ray.put(fn)
-        # A worker takes one CPU: more of them than Ray has would wait for ever.
-        limit = max(1, min(self._num_workers, int(ray.cluster_resources().get("CPU", 1))))
-        running: dict[Any, tuple[int, Item, _Process]] = {}
-        tries: Counter[int] = Counter()
-        try:
-            while waiting or running:
-                while waiting and len(running) < limit:
-                    position, item = waiting.popleft()
-                    process = self._idle.pop() if self._idle else self._new_process(ray)
-                    task = process.actor.run.remote(fn_reference, position, item)
-                    running[task] = (position, item, process)
-                done, _ = ray.wait(list(running), num_returns=1, timeout=_PATIENCE_S)
-                if not done:
-                    stuck = _not_started(ray, running)
-                    if len(stuck) == len(running) and not self._idle:
-                        raise _no_resources(ray)
-                    limit -= len(stuck)
-                    for task in stuck:
-                        position, item, process = running.pop(task)
-                        ray.kill(process.actor)
-                        waiting.appendleft((position, item))
-                    continue
-                position, item, process = running.pop(done[0])
-                try:
-                    result = ray.get(done[0])
-                except ray.exceptions.RayActorError as error:
-                    tries[position] += 1
-                    if tries[position] == _TRIES:
-                        raise RunFailedError(
-                            "worker_died",
-                            f"the worker process died {_TRIES} times on task {position}: "
-                            f"{str(error).splitlines()[0]}",
-                        ) from error
-                    waiting.appendleft((position, item))
-                    continue
-                except ray.exceptions.RayTaskError as error:
-                    self._idle.append(process)
-                    raise error.cause from error
-                self._idle.append(process)
-                yield position, result
-        finally:
-            for _, _, process in running.values():  # stopped midway: their results are not wanted
-                ray.kill(process.actor)
+            local = self._address is None
+            most = self._num_workers or (os.cpu_count() if local else None)
+            self._setup = setup
+            self._pool = _RayPool(ray, setup, self._resources, most, follows=not local)
+            self._schedule = Schedule(self._pool, self._limits or Limits(patience_s=_PATIENCE_S))
+        self._pool.take(fn)
+        yield from self._schedule.run(items)
+
+    def run_exclusively(self, fn: Callable[[], Result]) -> Result:
+        """Return `fn()`, run in a worker on a node where no other such call runs meanwhile.
+
+        It takes the resource `bench`, of which a local Ray has one: `ray start
+        --resources='{"bench": 1}'` gives one to a node of a cluster.
+        """
+        ray = self._connected()
+        options = _options({**self._resources, "bench": 1}, num_cpus=0)  # workers hold the CPUs
+        found: Result = ray.get(ray.remote(max_retries=2, **options)(_call).remote(fn))
+        return found
 
     def close(self) -> None:
         """End the worker processes; the local Ray stays for the next executor."""
-        if self._idle:
-            import ray
+        if self._schedule is not None:
+            self._schedule.close()
+        self._schedule = self._pool = self._setup = None
 
-            for process in self._idle:
-                ray.kill(process.actor)
-        self._idle, self._setup, self._setup_reference = [], None, None
+    def _connected(self) -> Any:
+        num_cpus = max(self._num_workers or 1, os.cpu_count() or 1)  # others may want more later
+        return connected(num_cpus, self._address, self._insecure)
 
-    def _new_process(self, ray: Any) -> _Process:
-        actor = ray.remote(num_cpus=1)(_Worker).remote(self._setup_reference)
-        return _Process(actor, actor.started.remote())
+
+class _RayPool:
+    """Processes of Ray for a scheduler; each is an actor that holds what `setup` made."""
+
+    def __init__(
+        self,
+        ray: Any,
+        setup: Callable[[], Any],
+        resources: Mapping[str, float],
+        most: int | None,
+        follows: bool,
+    ) -> None:
+        self._ray = ray
+        self._setup_reference = ray.put(setup)
+        self._fn_reference: Any = None
+        self._options = _options(resources)
+        self._needs = {"CPU": 1.0, **{_named(name): amount for name, amount in resources.items()}}
+        self._most = most
+        self._follows = follows
+        self._actors: list[Any] = []
+        self._holding: set[int] = set()  # those that have their resources
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def take(self, fn: Callable[[Any, Any], Any]) -> None:
+        """Let tasks be `fn` from now on."""
+        self._fn_reference = self._ray.put(fn)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def capacity(self) -> int:
+        ray = self._ray
+        # On a local Ray all is ours; in a cluster others hold some of it.
+        there = ray.available_resources() if self._follows else ray.cluster_resources()
+        free = int(min(there.get(name, 0.0) / amount for name, amount in self._needs.items()))
+        number = free + len(self._holding) if self._follows else max(1, free)
+        return number if self._most is None else min(number, self._most)
+
+    def start(self) -> int:
+        number = len(self._actors)
+        actor = self._ray.remote(**self._options)(_Worker).remote(self._setup_reference)
+        self._actors.append(actor)
+        self._listen(number, actor.started.remote(), lambda _: Started(number))
+        self._listen(
+            number,
+            actor.set_up.remote(),
+            lambda error: Ready(number) if error is None else SetupFailed(number, error),
+        )
+        return number
+
+    def submit(self, process: int, work: Sequence[Work]) -> None:
+        answer = self._actors[process].run.remote(self._fn_reference, list(work))
+        self._listen(process, answer, lambda outcomes: Finished(process, outcomes))
+
+    def wait(self, timeout_s: float) -> Sequence[Event]:
+        events: list[Event] = []
+        try:
+            events.append(self._events.get(timeout=timeout_s))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            pass
+        for event in events:
+            if isinstance(event, Started) and self._actors[event.process] is not None:
+                self._holding.add(event.process)
+        return events
+
+    def kill(self, process: int) -> None:
+        self._ray.kill(self._actors[process])
+        self._actors[process] = None
+        self._holding.discard(process)
+
+    def no_resources(self, patience_s: float) -> MpqError:
+        there, free = self._ray.cluster_resources(), self._ray.available_resources()
+        of_each = " and ".join(
+            f"{'one CPU' if name == 'CPU' else f'{amount:g} {name}'}, Ray has "
+            f"{there.get(name, 0):g} of which {free.get(name, 0):g} are free"
+            for name, amount in self._needs.items()
+        )
+        return StorageError(
+            "no_resources",
+            f"no worker started in {patience_s:.0f} s: each takes {of_each}; end what holds them "
+            f"or use executor='serial'",
+        )
+
+    def _listen(self, process: int, reference: Any, event: Callable[[Any], Event]) -> None:
+        reference.future().add_done_callback(partial(self._answered, process, event))
+
+    def _answered(self, process: int, event: Callable[[Any], Event], future: Future[Any]) -> None:
+        """Turn an answer into an event; runs in a thread of Ray."""
+        error = future.exception()
+        if error is None:
+            self._events.put(event(future.result()))
+            return
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The last line of Ray tells why, after those that tell who.
+        reason = (lines[-1] if lines else type(error).__name__).partition(". ")[0][:300]
+        memory = self._ray.exceptions.OutOfMemoryError
+        by_memory = isinstance(error, memory) or "NODE_OUT_OF_MEMORY" in str(error)
+        self._events.put(Died(process, reason, out_of_memory=by_memory))
 
 
 class _Worker:
@@ -123,50 +208,55 @@ class _Worker:
 
     def __init__(self, setup: Callable[[], Any]) -> None:
         self._setup = setup
-        self._state: tuple[Any] | None = None
+        self._state: Any = None
 
     def started(self) -> bool:
         return True
 
-    def run(self, fn: Callable[[Any, Any], Any], position: int, item: Any) -> Any:
-        if self._state is None:  # here and not in __init__, so that its errors come back as such
+    def set_up(self) -> MpqError | None:
+        try:
             with told("setting up"):
-                self._state = (self._setup(),)
-        with told(f"task {position}"):
-            return fn(self._state[0], item)
+                self._state = self._setup()
+        except MpqError as error:
+            failure: MpqError = sent(error)
+            return failure
+        return None
+
+    def run(self, fn: Callable[[Any, Any], Any], work: list[Work]) -> tuple[Outcome, ...]:
+        return tuple(self._outcome(fn, position, item) for position, item in work)
+
+    def _outcome(self, fn: Callable[[Any, Any], Any], position: int, item: Any) -> Outcome:
+        began = time.perf_counter()
+        result, failure, out_of_memory = None, None, False
+        try:
+            with told(f"task {position}"):
+                result = fn(self._state, item)
+        except MpqError as error:
+            failure, out_of_memory = sent(error), _ran_out_of_memory(error.__cause__)
+        return Outcome(
+            position=position,
+            seconds=time.perf_counter() - began,
+            result=result,
+            error=failure,
+            out_of_memory=out_of_memory,
+        )
 
 
-def _not_started(ray: Any, running: dict[Any, tuple[int, Item, _Process]]) -> list[Any]:
-    """Return the tasks whose processes still wait for a CPU."""
-    return [
-        task
-        for task, (_, _, process) in running.items()
-        if not ray.wait([process.started], timeout=0)[0]
-    ]
+def _call(fn: Callable[[], Any]) -> Any:
+    return fn()
 
 
-def _no_resources(ray: Any) -> StorageError:
-    return StorageError(
-        "no_resources",
-        f"no worker started in {_PATIENCE_S:.0f} s: each takes one CPU, Ray has "
-        f"{ray.cluster_resources().get('CPU', 0):g} of which "
-        f"{ray.available_resources().get('CPU', 0):g} are free; end what holds them or use "
-        f"executor='serial'",
+def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any]:
+    own = {name: amount for name, amount in resources.items() if name != "gpu"}
+    return {"num_cpus": num_cpus, "num_gpus": resources.get("gpu", 0), "resources": own}
+
+
+def _named(resource: str) -> str:
+    return "GPU" if resource == "gpu" else resource
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Tell what torch and Python raise: known by name and text, as torch is not imported here."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-
-
-def _connected(num_cpus: int) -> Any:
-    # Ray prints a hint about a future default that a user of this product cannot act on.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    return ray

@@ -37,7 +37,8 @@ class JobSpec:
     take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
     scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
     searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
-    (None: one for each processor) or "serial", here; every random draw comes from `seed`.
+    (None: one for each processor) or "serial", here; `ray_address`, "auto" or "host:port", is an
+    existing Ray cluster (None: a local Ray). Every random draw comes from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
@@ -82,6 +83,7 @@ class JobSpec:
     limits: tuple[str, ...] = ()
     executor: Literal["ray", "serial"] = "ray"
     num_workers: int | None = None
+    ray_address: str | None = None
     seed: int = 0
     num_probes: int = 2
     refine: int = 4
@@ -114,6 +116,11 @@ class JobSpec:
                 "job_value",
                 f"study: solvers {' and '.join(map(repr, _WITH_STUDY))} keep one, got "
                 f"{self.study!r} with solver {self.solver!r}: choose one of them or leave it out",
+            )
+        if self.ray_address is not None and self.executor != "ray":
+            raise InvalidInputError(
+                "job_value",
+                f"ray_address {self.ray_address!r} is for executor 'ray', got {self.executor!r}",
             )
         if self.risk is not None:
             check_risk(self.risk, "job_value")

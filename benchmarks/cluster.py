@@ -1,0 +1,190 @@
+"""How many tasks and workers one scheduler serves, and what Ray adds to the work itself.
+
+The scheduler is the real one (workers/schedule.py). First over simulated workers with a clock of
+their own: 1,000,000 tasks on 2,000 workers, of which 2 % of the tasks kill their worker and 2 %
+take 20 times as long; then for how many workers it keeps up. Then over real Ray: its own time
+for each task, and scoring MiniLM with two workers against the serial executor.
+Run: python benchmarks/cluster.py [simulated saturation overhead scoring]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+TASKS, WORKERS = 1_000_000, 2_000
+
+
+def lognormal(median_s: float, seed: int = 0) -> Callable[[int], float]:
+    """Return times of tasks: a table that repeats, so that drawing them costs nothing."""
+    draw = random.Random(seed)
+    table = [median_s * math.exp(0.5 * draw.gauss(0, 1)) for _ in range(9973)]
+    return lambda position: table[position % len(table)]
+
+
+def run(tasks: int, workers: int, median_s: float, failures: float) -> dict[str, float]:
+    """Return what one simulated run took; raises where a result is missing or comes twice."""
+    from benchmarks.sections.simulated_cluster import Faults, Node, SimulatedCluster
+    from workers.pool import Event, Work
+    from workers.schedule import Limits, Schedule
+
+    class Timed(SimulatedCluster):
+        """Counts the time that the simulation itself takes."""
+
+        own_s = 0.0
+
+        def submit(self, process: int, work: Sequence[Work]) -> None:
+            began = time.perf_counter()
+            super().submit(process, work)
+            self.own_s += time.perf_counter() - began
+
+        def wait(self, timeout_s: float) -> Sequence[Event]:
+            began = time.perf_counter()
+            events = super().wait(timeout_s)
+            self.own_s += time.perf_counter() - began
+            return events
+
+    nodes = [Node(slots=min(8, workers))] * max(1, workers // 8)
+    faults = Faults(dies=failures, slow=failures)
+    pool = Timed(lognormal(median_s), nodes, faults=faults)
+    seen = bytearray(tasks)
+    began, cpu = time.perf_counter(), time.process_time()
+    for position, _ in Schedule(pool, Limits()).run(range(tasks)):
+        seen[position] += 1
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    assert seen.count(1) == tasks, "a result is missing or came twice"
+    work_s = sum(map(pool.seconds, range(tasks))) * (1 + 19 * failures)  # stragglers: 20 times
+    return {
+        "tasks": tasks,
+        "workers": workers,
+        "cpu_s": cpu,
+        "scheduler_s": cpu * (1 - pool.own_s / wall),
+        "virtual_s": pool.clock,
+        "busy": work_s / (pool.clock * workers),
+        "deaths": pool.deaths,
+        "again": sum(pool.runs.values()) - tasks,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def simulated() -> None:
+    """A million tasks of 5 s and a million of 10 ms, with failures and stragglers."""
+    print(f"{TASKS:,} tasks on {WORKERS:,} simulated workers, 2 % deaths, 2 % stragglers")
+    for median_s in (5.0, 0.01):
+        found = run(TASKS, WORKERS, median_s, 0.02)
+        print(
+            f"  tasks of {median_s:g} s: all results once; {found['deaths']:,} deaths, "
+            f"{found['again']:,} runs again; {found['virtual_s']:,.0f} s of the cluster, "
+            f"{found['busy']:.0%} of it work\n"
+            f"    driver: {TASKS / found['scheduler_s']:,.0f} tasks/s "
+            f"({1e6 * found['scheduler_s'] / TASKS:.1f} us a task; with the simulation "
+            f"{found['cpu_s']:.0f} s in all), peak memory {found['peak_mb']:.0f} MB"
+        )
+
+
+def saturation() -> None:
+    """Scheduling rate against the number of workers."""
+    print("workers  driver us/task  tasks/s  workers kept busy with tasks of 0.1 s / 1 s / 10 s")
+    for workers in (10, 100, 1_000, 2_000, 10_000, 50_000):
+        tasks = max(50_000, 4 * workers)
+        found = run(tasks, workers, 5.0, 0.0)
+        rate = tasks / found["scheduler_s"]
+        kept = " / ".join(f"{rate * seconds:,.0f}" for seconds in (0.1, 1.0, 10.0))
+        print(f"{workers:7,}  {1e6 / rate:14.1f}  {rate:7,.0f}  {kept}", flush=True)
+
+
+def overhead() -> None:
+    """Driver time for each task over real Ray, by the length of tasks."""
+    from workers import get_executor
+
+    executor = get_executor("ray", 2)
+    list(executor.map(dict, lambda state, item: item, range(4)))
+    idle = time.process_time()
+    time.sleep(5)
+    idle = (time.process_time() - idle) / 5  # the threads of Ray in the driver
+    print(f"real Ray, 2 workers, load {os.getloadavg()[0]:.1f}; idle driver {1e3 * idle:.1f} ms/s")
+    for seconds, number in ((0.0, 20_000), (0.001, 5_000), (0.02, 500), (1.1, 20)):
+
+        def fn(state: object, item: int, seconds: float = seconds) -> int:
+            time.sleep(seconds)
+            return item
+
+        cpu, wall = time.process_time(), time.perf_counter()
+        assert len(list(executor.map(dict, fn, range(number)))) == number
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        print(
+            f"  tasks of {seconds:5.3f} s: driver {1e3 * cpu / number:6.3f} ms a task (without "
+            f"what it takes idle {1e3 * (cpu - idle * wall) / number:6.3f}), "
+            f"{number / wall:8,.0f} tasks/s"
+        )
+    executor.close()
+
+
+def scoring() -> None:
+    """Scoring MiniLM by gauss_newton: serial with one thread against two workers of Ray."""
+    import numpy as np
+    import torch
+
+    from mpq.core.formats import parse_scheme
+    from mpq.core.jobs import JobSpec
+    from mpq.intake import graph_of, load, make_workload
+    from mpq.progress import Silent
+    from mpq.scoring import score
+    from mpq.store.store import open_store
+    from mpq.tasks import Workers
+    from workers import get_executor
+
+    torch.set_num_threads(1)
+    spec = JobSpec(
+        model="examples.minilm:make_model",
+        calibration="examples.minilm:calibration_batches",
+        budgets=("memory <= 60%",),
+        schemes=("int2", "int3", "int4", "int5", "int6", "int8"),
+    )
+    given = load(spec.model, spec.calibration)
+    schemes = [parse_scheme(text) for text in spec.schemes or ()]
+    workload = make_workload(spec, given, graph_of(spec, given), lambda layer: schemes)
+    seconds: dict[str, float] = {}
+    tables = {}
+    for turn in range(3):
+        for name, number in {"serial": 1, "ray": 2}.items():
+            executor = get_executor(name, number)
+            with open_store("sqlite://") as store:
+                workers = Workers.of(workload, executor, store, Silent())
+                list(executor.map(workers.setup, lambda bench, item: item, range(2)))  # set up
+                wall = time.perf_counter()
+                tables[name] = score(workers, "gauss_newton").sensitivity.values
+                took = time.perf_counter() - wall
+            executor.close()
+            seconds[name] = min(took, seconds.get(name, math.inf))
+            load_1 = os.getloadavg()[0]
+            print(f"  {name} ({number}): {took:.2f} s wall, load {load_1:.1f}, turn {turn + 1}")
+    assert np.array_equal(tables["serial"], tables["ray"])
+    print(f"  the same table bit for bit; {seconds['serial'] / seconds['ray']:.2f} times faster")
+
+
+SECTIONS = {
+    "simulated": simulated,
+    "saturation": saturation,
+    "overhead": overhead,
+    "scoring": scoring,
+}
+
+
+def main(names: Iterable[str]) -> None:
+    """Run the sections that were asked for."""
+    for name in names:
+        print(f"\n{(SECTIONS[name].__doc__ or name).splitlines()[0]}", flush=True)
+        SECTIONS[name]()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main(sys.argv[1:] or SECTIONS)
