@@ -140,7 +140,8 @@ def serve() -> Iterator[Server]:
         try:
             yield server
         finally:
-            server.stop()
+            if (server.data / "postmaster.pid").exists():
+                server.stop()
 
 
 @pytest.fixture(scope="session")
