@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 OWNERS = ("postgres", "nobody")  # as whom the server runs where the tests run as root
 SETTINGS = (
@@ -62,8 +63,7 @@ class Server:
         return self.url(name)
 
     def drop(self, url: str) -> None:
-        name = url.rpartition("/mpq_")[2].partition("?")[0]
-        self.sql(f"DROP DATABASE mpq_{name} WITH (FORCE)")
+        self.sql(f"DROP DATABASE {make_url(url).database} WITH (FORCE)")
 
     def run(self, program: str, *arguments: object) -> None:
         """Run a program of the server; it never runs as root."""
