@@ -11,6 +11,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.databases import address, more
+from tests.postgres import postgres, stoppable
+
+__all__ = ["address", "more", "postgres", "stoppable"]  # fixtures
+
 torch.set_num_threads(1)
 
 # The same examples at every run of continuous integration; elsewhere new ones are looked for.

@@ -11,12 +11,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from mpq.core.errors import StorageError
 from mpq.core.jobs import JobSpec
 from mpq.store import Store, open_store
 from mpq.store.address import masked, storage_url
 from mpq.store.filesystem import is_network
+from tests.postgres import Server
 
 SPEC = JobSpec(model="pkg:net", calibration="pkg:data", budgets=())
 
@@ -118,6 +120,68 @@ def test_unreachable_server_is_one_line() -> None:
     error = error_of("postgresql://user:s3cret@127.0.0.1:9/name")
     assert "cannot reach postgresql+psycopg://user:***@127.0.0.1:9/name" in str(error)
     assert error.code == "storage_unreachable"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("/mpq_", "/absent_"), "does not exist"),
+        (("mpq@", "stranger:s3cret@"), 'role "stranger" does not exist'),
+    ],
+)
+def test_refusal_of_a_server_is_one_line(
+    postgres: Server, change: tuple[str, str], words: str
+) -> None:
+    address = postgres.new_database()
+    error = error_of(address.replace(*change))
+    postgres.drop(address)
+    assert error.code == "storage_refused"
+    assert words in str(error)
+    assert "s3cret" not in str(error)
+
+
+def test_limits_of_a_server_connection(postgres: Server) -> None:
+    address = postgres.new_database()
+    with open_store(address) as store:
+        assert setting(store, "statement_timeout") == "1min"
+        assert setting(store, "lock_timeout") == "30s"
+        assert setting(store, "idle_in_transaction_session_timeout") == "1min"
+        assert setting(store, "client_encoding") == "UTF8"
+    own = f"{address}&options=-c%20statement_timeout%3D7000"
+    with open_store(own) as store:
+        assert setting(store, "statement_timeout") == "7s"
+        assert setting(store, "lock_timeout") == "30s"
+    postgres.drop(address)
+
+
+def setting(store: Store, name: str) -> object:
+    with store._engine.connect() as connection:
+        return connection.exec_driver_sql(f"SHOW {name}").scalar()
+
+
+def test_slow_or_locked_server_is_one_line(postgres: Server) -> None:
+    address = postgres.new_database()
+    open_store(address).close()
+    slow = f"{address}&options=-c%20lock_timeout%3D50"
+    other = create_engine(address)
+    with open_store(slow) as store, other.connect() as connection:
+        run_id = store.create_run(SPEC)
+        connection.execute(text("SELECT * FROM runs FOR UPDATE"))
+        with pytest.raises(StorageError, match="locked by another") as caught:
+            store.log(run_id, "kind", "message")
+        assert caught.value.code == "storage_busy"
+        assert store.events(run_id) == []  # readers do not wait for the writer
+        connection.rollback()
+        store.log(run_id, "kind", "message")
+    with open_store(f"{address}&options=-c%20statement_timeout%3D50") as store:
+        connection = other.connect()
+        connection.execute(text("LOCK TABLE runs"))
+        with pytest.raises(StorageError, match="took longer than") as caught:
+            store.runs()
+        connection.close()
+        assert caught.value.code == "storage_busy"
+    other.dispose()
+    postgres.drop(address)
 
 
 def test_missing_directory_is_one_line(tmp_path: Path) -> None:

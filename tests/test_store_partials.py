@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 import zipfile
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,12 @@ from mpq.core.errors import InvalidInputError, StorageError
 from mpq.core.latency import KernelCase, KernelLatency
 from mpq.store import Store, open_store
 from mpq.store.arrays import npz_bytes
+from tests.databases import sql
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(tmp_path / "runs.db") as opened:
+def store(address: str) -> Iterator[Store]:
+    with open_store(address) as opened:
         yield opened
 
 
@@ -56,14 +55,12 @@ def test_many_partials_at_once(store: Store) -> None:
     assert list(store.partials(f"key-{i}" for i in range(2000))) == ["key-1700"]
 
 
-def test_partials_hold_no_pickle(store: Store, tmp_path: Path) -> None:
+def test_partials_hold_no_pickle(store: Store, address: str) -> None:
     with pytest.raises(InvalidInputError, match="holds Python objects"):
         store.put_partial("objects", {"x": np.array([object()])}, 0.0)
     arrays = {"a/b": np.array([True]), "text": np.array(["é"]), "half": np.ones(2, np.float16)}
     store.put_partial("key", arrays, 0.0)
-    with sqlite3.connect(tmp_path / "runs.db") as raw:
-        rows = raw.execute("SELECT arrays FROM partials").fetchall()
-    raw.close()
+    rows = sql(address, "SELECT arrays FROM partials")
     assert len(rows) == 1
     with np.load(BytesIO(rows[0][0]), allow_pickle=False) as loaded:  # any numpy reads it
         assert_same(dict(loaded), arrays)
@@ -71,18 +68,16 @@ def test_partials_hold_no_pickle(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "flip"])
-def test_damaged_partial_is_an_error(store: Store, tmp_path: Path, damage: str) -> None:
+def test_damaged_partial_is_an_error(store: Store, address: str, damage: str) -> None:
     store.put_partial("key", {"x": np.arange(100.0)}, 0.0)
-    with sqlite3.connect(tmp_path / "runs.db") as raw:
-        data = raw.execute("SELECT arrays FROM partials").fetchone()[0]
-        if damage == "pickle":
-            out = BytesIO()
-            np.savez(out, x=np.array([{}], object))
-            bad = out.getvalue()
-        else:
-            bad = data[:200] if damage == "cut" else data[:300] + b"\xff\xff" + data[302:]
-        raw.execute("UPDATE partials SET arrays = ?", [bad])
-    raw.close()
+    data = sql(address, "SELECT arrays FROM partials")[0][0]
+    if damage == "pickle":
+        out = BytesIO()
+        np.savez(out, x=np.array([{}], object))
+        bad = out.getvalue()
+    else:
+        bad = data[:200] if damage == "cut" else data[:300] + b"\xff\xff" + data[302:]
+    sql(address, "UPDATE partials SET arrays = :bad", bad=bad)
     with pytest.raises(StorageError, match="damaged"):
         store.partials(["key"])
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 from mpq.store import Store, open_store
 from solvers.frontier import frontier
 from solvers.surface import surface
+from tests.databases import sql
 from tests.test_solvers import drawn
 
 SPEC = JobSpec(model="pkg.mod:net", calibration="pkg.mod:data", budgets=("memory <= 60%",))
@@ -41,8 +40,8 @@ RNG = np.random.default_rng(3)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store(tmp_path / "runs.db") as opened:
+def store(address: str) -> Iterator[Store]:
+    with open_store(address) as opened:
         yield opened
 
 
@@ -233,26 +232,23 @@ def test_scheme_without_text_is_refused(store: Store, run_id: str) -> None:
         store.sensitivity(run_id)
 
 
-def test_responses_are_compact(store: Store, run_id: str, tmp_path: Path) -> None:
+def test_responses_are_compact(store: Store, run_id: str, address: str) -> None:
     vectors = responses()
     store.put_responses(run_id, vectors)
-    with sqlite3.connect(tmp_path / "runs.db") as raw:
-        size = raw.execute("SELECT length(array) FROM responses").fetchone()[0]
-    raw.close()
+    ((size,),) = sql(address, 'SELECT length("array") FROM responses')
     assert size == vectors.vectors.nbytes + 128  # the header of an .npy file
     assert store.responses(store.create_run(SPEC)) is None
 
 
-def test_graph_comes_back(store: Store, run_id: str, tmp_path: Path) -> None:
+def test_graph_comes_back(store: Store, run_id: str, address: str) -> None:
     with pytest.raises(InvalidInputError, match="has no layer graph"):
         store.graph(run_id)
     assert not store.run(run_id).has_graph
     store.put_graph(run_id, GRAPH)
     assert store.graph(run_id) == GRAPH
     assert store.run(run_id).has_graph
-    with sqlite3.connect(tmp_path / "runs.db") as raw:
-        units = raw.execute("SELECT name, layers, weights FROM units ORDER BY position").fetchall()
-    raw.close()
+    query = "SELECT name, CAST(layers AS TEXT), weights FROM units ORDER BY position"
+    units = sql(address, query)
     assert units == [("tied", '["in", "out"]', 32), ("conv", '["conv"]', 216)]
 
 

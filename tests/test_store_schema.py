@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,18 @@ from sqlalchemy.schema import CreateTable
 from mpq.core.errors import StorageError
 from mpq.core.jobs import JobSpec
 from mpq.store import open_store, schema, upgrade
+from mpq.store.address import shown
 from mpq.store.migrate import migrations
 from mpq.store.models import Base
+from tests.databases import sql
 
 SPEC = JobSpec(model="pkg:net", calibration="pkg:data", budgets=())
 HEAD = schema.REVISIONS[-1]
 
 
-def execute(path: Path, *statements: str) -> None:
-    raw = sqlite3.connect(path)
-    with raw:
-        for statement in statements:
-            raw.execute(statement)
-    raw.close()
-
-
-def tables(path: Path) -> dict[str, object]:
+def tables(address: str) -> dict[str, object]:
     """Everything that a database says of its tables, independent of their order."""
-    engine = create_engine(f"sqlite:///{path}")
+    engine = create_engine(address)
     found: dict[str, object] = {}
     look = inspect(engine)
     for table in look.get_table_names():
@@ -45,11 +40,20 @@ def tables(path: Path) -> dict[str, object]:
             sorted(map(repr, look.get_foreign_keys(table))),
             sorted(map(repr, look.get_indexes(table))),
             sorted(map(repr, look.get_unique_constraints(table))),
-            look.get_table_options(table),
+            look.get_table_options(table) if engine.dialect.name == "sqlite" else None,
         ]
         found[table] = parts
     engine.dispose()
     return found
+
+
+def content(address: str) -> object:
+    """The file of a database; where it has none, its tables and its version."""
+    if address.startswith("sqlite"):
+        return Path(address.removeprefix("sqlite:///")).read_bytes()
+    found = tables(address)
+    rows = sql(address, "SELECT * FROM alembic_version") if "alembic_version" in found else []
+    return found, rows
 
 
 def test_known_versions_are_the_migrations() -> None:
@@ -59,18 +63,18 @@ def test_known_versions_are_the_migrations() -> None:
     assert script.get_heads() == [HEAD]
 
 
-def test_new_database_equals_a_migrated_one(tmp_path: Path) -> None:
-    open_store(tmp_path / "new.db").close()
-    assert upgrade(tmp_path / "migrated.db") == (None, HEAD)
-    assert tables(tmp_path / "new.db") == tables(tmp_path / "migrated.db")
-    assert set(tables(tmp_path / "new.db")) == {*Base.metadata.tables, "alembic_version"}
+def test_new_database_equals_a_migrated_one(address: str, more: Callable[[], str]) -> None:
+    open_store(address).close()
+    another = more()
+    assert upgrade(another) == (None, HEAD)
+    assert tables(address) == tables(another)
+    assert set(tables(address)) == {*Base.metadata.tables, "alembic_version"}
 
 
 @pytest.mark.parametrize("made_by", ["open", "upgrade"])
-def test_models_have_no_difference_to_the_database(tmp_path: Path, made_by: str) -> None:
-    path = tmp_path / "runs.db"
-    open_store(path).close() if made_by == "open" else upgrade(path)
-    engine = create_engine(f"sqlite:///{path}")
+def test_models_have_no_difference_to_the_database(address: str, made_by: str) -> None:
+    open_store(address).close() if made_by == "open" else upgrade(address)
+    engine = create_engine(address)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
@@ -90,13 +94,12 @@ def test_tables_are_ready_for_postgresql() -> None:
     assert "arrays BYTEA NOT NULL" in made["partials"]
 
 
-def test_no_migration_keeps_data(tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
-    with open_store(path) as store:
+def test_no_migration_keeps_data(address: str) -> None:
+    with open_store(address) as store:
         run_id = store.create_run(SPEC)
         store.log(run_id, "kind", "message")
-    assert upgrade(path) == (HEAD, HEAD)
-    with open_store(path) as store:
+    assert upgrade(address) == (HEAD, HEAD)
+    with open_store(address) as store:
         assert [event.message for event in store.events(run_id)] == ["message"]
 
 
@@ -106,9 +109,9 @@ def test_migrated_database_can_be_used(tmp_path: Path) -> None:
         assert store.run(store.create_run(SPEC)).spec == SPEC
 
 
-def test_upgrading_leaves_logging_alone(tmp_path: Path) -> None:
+def test_upgrading_leaves_logging_alone(address: str) -> None:
     before = (list(logging.root.handlers), logging.root.level, logging.getLogger("mpq").disabled)
-    upgrade(tmp_path / "runs.db")
+    upgrade(address)
     assert before == (
         list(logging.root.handlers),
         logging.root.level,
@@ -116,30 +119,29 @@ def test_upgrading_leaves_logging_alone(tmp_path: Path) -> None:
     )
 
 
-def test_older_database_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "runs.db"
-    open_store(path).close()
+def test_older_database_names_the_command(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(address) as store:
+        place = shown(store.url)
     monkeypatch.setattr(schema, "REVISIONS", (HEAD, "0002_later"))
     with pytest.raises(StorageError) as caught:
-        open_store(path)
+        open_store(address)
     assert caught.value.code == "storage_schema"
-    for words in (repr(HEAD), "'0002_later'", f"mpq db upgrade --storage sqlite:///{path}"):
+    for words in (repr(HEAD), "'0002_later'", f"mpq db upgrade --storage {shlex.quote(place)}"):
         assert words in str(caught.value)
 
 
-def test_newer_database_names_both_versions(tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
-    open_store(path).close()
-    execute(path, "UPDATE alembic_version SET version_num = '0099_future'")
-    before = path.read_bytes()
+def test_newer_database_names_both_versions(address: str) -> None:
+    open_store(address).close()
+    sql(address, "UPDATE alembic_version SET version_num = '0099_future'")
+    before = content(address)
     for call in (open_store, upgrade):
         with pytest.raises(StorageError) as caught:
-            call(path)
+            call(address)
         assert caught.value.code == "storage_schema"
         assert "'0099_future'" in str(caught.value)
         assert repr(HEAD) in str(caught.value)
         assert "upgrade mpq" in str(caught.value)
-    assert path.read_bytes() == before
+    assert content(address) == before
 
 
 FOREIGN = {
@@ -159,34 +161,32 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_database_of_another_program_is_left_alone(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "runs.db"
-    execute(path, *FOREIGN[kind])
-    before = path.read_bytes()
+def test_database_of_another_program_is_left_alone(address: str, kind: str) -> None:
+    for statement in FOREIGN[kind]:
+        sql(address, statement)
+    before = content(address)
     for call in (open_store, upgrade):
         with pytest.raises(StorageError, match="belongs to another program") as caught:
-            call(path)
+            call(address)
         assert caught.value.code == "storage_schema"
         assert "\n" not in str(caught.value)
-    assert path.read_bytes() == before
-    assert not Path(f"{path}-wal").exists()
+    assert content(address) == before
+    assert not Path(f"{address.removeprefix('sqlite:///')}-wal").exists()
 
 
-def test_failed_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "runs.db"
-
+def test_failed_migration_changes_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("in the last step")
 
     monkeypatch.setattr("alembic.op.create_index", broken)
     with pytest.raises(RuntimeError, match="in the last step"):
-        upgrade(path)
-    assert tables(path) == {}
+        upgrade(address)
+    assert tables(address) == {}
     monkeypatch.undo()
-    assert upgrade(path) == (None, HEAD)
+    assert upgrade(address) == (None, HEAD)
 
 
-def test_next_migration_can_be_written(tmp_path: Path) -> None:
+def test_next_migration_can_be_written(address: str, tmp_path: Path) -> None:
     """A developer's `alembic revision --autogenerate` works, and finds nothing to do."""
     config = migrations()
     versions = tmp_path / "versions"
@@ -194,7 +194,7 @@ def test_next_migration_can_be_written(tmp_path: Path) -> None:
     config.set_main_option("path_separator", "newline")
     scripts = Path(config.get_main_option("script_location") or "") / "versions"
     config.set_main_option("version_locations", f"{scripts}\n{versions}")
-    engine = create_engine(f"sqlite:///{tmp_path / 'runs.db'}")
+    engine = create_engine(address)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
@@ -207,23 +207,22 @@ def test_next_migration_can_be_written(tmp_path: Path) -> None:
     compile(written, "0002", "exec")
 
 
-def test_a_database_of_the_first_version_keeps_its_data(tmp_path: Path) -> None:
-    path = tmp_path / "runs.db"
+def test_a_database_of_the_first_version_keeps_its_data(address: str) -> None:
     config = migrations()
-    engine = create_engine(f"sqlite:///{path}")
+    engine = create_engine(address)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0001_first_tables")
     engine.dispose()
-    execute(
-        path,
+    sql(
+        address,
         "INSERT INTO runs (id, name, model, metric, device, mpq_version, state, created_at, spec)"
         " VALUES ('abc', 'kept', 'm:n', 'kl', '', '0.1.0', 'PENDING', '2026-01-01 00:00:00', "
         '\'{"model": "m:n", "calibration": "m:d", "budgets": []}\')',
     )
     with pytest.raises(StorageError, match="mpq db upgrade"):
-        open_store(path)
-    assert upgrade(path) == ("0001_first_tables", HEAD)
-    with open_store(path) as store:
+        open_store(address)
+    assert upgrade(address) == ("0001_first_tables", HEAD)
+    with open_store(address) as store:
         assert store.run("abc").name == "kept"
         assert store.run("abc").spec.model == "m:n"

@@ -40,11 +40,13 @@ def cell_texts(cells: Cells) -> list[CellText]:
 
 def cells_of(texts: Sequence[CellText]) -> Cells:
     """Return the cells of (unit, scheme) pairs that are in order."""
-    schemes: dict[str, list[Scheme]] = {}
+    of_unit: dict[str, list[str]] = {}
     for unit, text in texts:
-        schemes.setdefault(unit, []).append(scheme_of(text))
-    shared: dict[tuple[Scheme, ...], tuple[Scheme, ...]] = {}  # many units take the same ones
-    kept = [tuple(choices) for choices in schemes.values()]
-    return Cells(
-        units=tuple(schemes), schemes=tuple(shared.setdefault(choices, choices) for choices in kept)
-    )
+        of_unit.setdefault(unit, []).append(text)
+    shared: dict[tuple[str, ...], tuple[Scheme, ...]] = {}  # many units take the same ones
+    schemes = []
+    for found in map(tuple, of_unit.values()):
+        if found not in shared:
+            shared[found] = tuple(map(scheme_of, found))
+        schemes.append(shared[found])
+    return Cells(units=tuple(of_unit), schemes=tuple(schemes))

@@ -7,13 +7,26 @@ import math
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Double
+from sqlalchemy import JSON, DateTime, Dialect, Double, String
 from sqlalchemy.types import TypeDecorator
 
 from mpq.core.errors import InvalidInputError, StorageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+
+class PlainText(TypeDecorator[str]):
+    """Text without NUL characters, which SQLite would keep and PostgreSQL refuses."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Raise InvalidInputError (`text`) for text with a NUL."""
+        if value is not None and "\0" in value:
+            raise InvalidInputError("text", f"{value[:80]!r} cannot be stored: it has a NUL")
+        return value
 
 
 class UtcTime(TypeDecorator[datetime]):

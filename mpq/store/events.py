@@ -8,12 +8,16 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from mpq.store.models import EventRow
+from mpq.store.patience import again, once
 from mpq.store.records import EventRecord
 
 
 def put(session: Session, run_id: str, kind: str, message: str) -> None:
     """Add a line."""
-    values = {"run_id": run_id, "at": datetime.now(UTC), "kind": kind, "message": message}
+    at = once("at", lambda: datetime.now(UTC))
+    values = {"run_id": run_id, "at": at, "kind": kind, "message": message}
+    if again() and session.scalar(select(EventRow.id).filter_by(**values).limit(1)) is not None:
+        return
     session.execute(insert(EventRow).values(values))
 
 

@@ -15,6 +15,7 @@ from mpq.core.errors import InvalidInputError, StorageError
 from mpq.core.jobs import JobSpec, RunState
 from mpq.store import events, runs
 from mpq.store.models import JobRow, RunRow, TagRow
+from mpq.store.patience import again
 from mpq.store.records import JobRecord
 
 _LIVE = "<live "  # how a job tells of an object that was passed as it is
@@ -49,6 +50,7 @@ def submit(
     Raises InvalidInputError (`submission_conflict`) for another job under a known submission id.
     """
     if submission_id is not None:
+        _alone(session, submission_id)
         known = session.execute(
             select(JobRow.run_id, JobRow.body).where(JobRow.submission_id == submission_id)
         ).one_or_none()
@@ -61,6 +63,8 @@ def submit(
         if known is not None:
             return known.run_id, False
     run_id = runs.create(session, spec, device, mpq_version)
+    if again() and session.get(JobRow, run_id) is not None:
+        return run_id, True  # it was kept, and the answer got lost
     session.execute(
         insert(JobRow).values(
             run_id=run_id,
@@ -76,6 +80,12 @@ def submit(
     for tag in dict.fromkeys(tags):
         session.execute(insert(TagRow).values(run_id=run_id, tag=tag))
     return run_id, True
+
+
+def _alone(session: Session, submission_id: str) -> None:
+    """Let others who submit the same wait; SQLite's write lock does that already."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtext(submission_id))))
 
 
 def one(session: Session, run_id: str) -> JobRecord:

@@ -18,11 +18,9 @@ _MEASURED = ("median_s", "low_s", "high_s", "rounds", "noisy")
 def get(session: Session, device: str) -> dict[KernelCase, KernelLatency]:
     """Return every time of a device."""
     columns = [getattr(KernelLatencyRow, name) for name in (*_KEY[1:], *_MEASURED)]
-    rows = session.execute(
-        select(*columns).where(KernelLatencyRow.device == device).order_by(*columns[:3])
-    )
+    rows = session.execute(select(*columns).where(KernelLatencyRow.device == device)).all()
     found = {}
-    for backend, kernel, shape, *measured in rows:
+    for backend, kernel, shape, *measured in sorted(rows, key=lambda row: row[:3]):
         case = KernelCase(backend=backend, kernel=kernel, shape=shape)
         values = dict(zip(_MEASURED, measured, strict=True))
         found[case] = KernelLatency(device=device, case=case, **values)

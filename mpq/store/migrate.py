@@ -28,7 +28,7 @@ def upgrade(storage: str | os.PathLike[str] | None = None) -> tuple[str | None, 
 
     url = storage_url(storage)
     with one_line_errors(url):
-        engine = make_engine(url, foreign_keys=False)
+        engine = make_engine(url, migrates=True)
         try:
             with writing(engine).begin() as connection:
                 lock(connection)

@@ -26,7 +26,7 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Budget, Infeasibility
 from mpq.core.tables import PAIRS_TRUSTED
-from mpq.store.columns import Json, NanDouble, UtcTime
+from mpq.store.columns import Json, NanDouble, PlainText, UtcTime
 
 _OfRun = Annotated[str, mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))]
 
@@ -43,7 +43,7 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads it from the class
-        str: String(),
+        str: PlainText(),
         int: Integer(),
         float: Double(),
         bool: Boolean(),

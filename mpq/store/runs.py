@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from mpq.core.errors import InvalidInputError, MpqError
 from mpq.core.jobs import JobSpec, RunState, check_transition
 from mpq.store.models import RunRow
+from mpq.store.patience import again, once
 from mpq.store.records import RunRecord
 
 _ID_LENGTH = 12
@@ -37,7 +38,9 @@ _NEWEST = (RunRow.created_at.desc(), RunRow.id)
 
 def create(session: Session, spec: JobSpec, device: str, mpq_version: str) -> str:
     """Add a pending run and return its id."""
-    run_id = uuid.uuid4().hex[:_ID_LENGTH]
+    run_id = once("run", lambda: uuid.uuid4().hex[:_ID_LENGTH])
+    if again() and session.get(RunRow, run_id) is not None:
+        return run_id
     session.execute(
         insert(RunRow).values(
             id=run_id,
@@ -61,6 +64,8 @@ def set_state(session: Session, run_id: str, state: RunState, error: MpqError | 
     ).one_or_none()
     if found is None:
         raise unknown_run(session, run_id)
+    if again() and found.state == state.value:
+        return
     check_transition(RunState(found.state), state)
     now = datetime.now(UTC)
     values: dict[str, Any] = {
@@ -135,9 +140,14 @@ def resolve(session: Session, text: str, state: RunState | None = None) -> str:
     return several[0]
 
 
-def require(session: Session, run_id: str) -> None:
-    """Raise InvalidInputError (`unknown_run`) where there is no such run."""
-    if session.scalar(select(RunRow.id).where(RunRow.id == run_id)) is None:
+def require(session: Session, run_id: str, *, lock: bool = False) -> None:
+    """Raise InvalidInputError (`unknown_run`) where there is no such run.
+
+    With `lock` other writers of the run wait until this transaction ends: what one replaces, no
+    other puts meanwhile, and the numbers of its log become visible in their order.
+    """
+    query = select(RunRow.id).where(RunRow.id == run_id)
+    if session.scalar(query.with_for_update(key_share=True) if lock else query) is None:
         raise unknown_run(session, run_id)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 import time
 from pathlib import Path
@@ -94,7 +95,7 @@ def check_revision(url: URL, found: str, *, upgradable: bool = False) -> None:
         raise StorageError(
             "storage_schema",
             f"{place} has tables of version {found!r}, this mpq needs {head!r}: back it up, then "
-            f"run 'mpq db upgrade --storage {place}'",
+            f"run: mpq db upgrade --storage {shlex.quote(place)}",
         )
     raise StorageError(
         "storage_schema",

@@ -35,8 +35,9 @@ from mpq.store import (
     tables,
 )
 from mpq.store.address import shown, sqlite_file, storage_url
-from mpq.store.engine import make_engine, writing
+from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
+from mpq.store.patience import Patience, patient
 from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
 from mpq.store.schema import prepare
 
@@ -61,18 +62,22 @@ def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
     return Store(engine)
 
 
+@patient
 class Store:
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
-    what was there, except results of tasks, of which the first stays. Methods raise
-    InvalidInputError (`unknown_run`) for a run that is not there and StorageError where the
-    database cannot do its work. Use it as a context manager, or close it.
+    what was there, except results of tasks, of which the first stays. A server that goes away is
+    waited for, up to ten minutes, and the transaction run again; an MpqWarning tells how long it
+    was. Methods raise InvalidInputError (`unknown_run`) for a run that is not there and
+    StorageError where the database cannot do its work. Use it as a context manager, or close it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._reading = reading(engine)
         self._writing = writing(engine)
+        self._patience = Patience(shown(engine.url))
 
     def __repr__(self) -> str:
         return f"Store({shown(self.url)!r})"
@@ -104,7 +109,7 @@ class Store:
 
     @contextmanager
     def _read(self, run_id: str | None = None) -> Iterator[Session]:
-        with one_line_errors(self.url), Session(self._engine) as session:
+        with one_line_errors(self.url), Session(self._reading) as session:
             if run_id is not None:
                 runs.require(session, run_id)
             yield session
@@ -113,7 +118,7 @@ class Store:
     def _write(self, run_id: str | None = None) -> Iterator[Session]:
         with one_line_errors(self.url), Session(self._writing) as session, session.begin():
             if run_id is not None:
-                runs.require(session, run_id)
+                runs.require(session, run_id, lock=True)
             yield session
 
     def create_run(self, spec: JobSpec, device: str = "") -> str:

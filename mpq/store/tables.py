@@ -125,12 +125,11 @@ def costs(session: Session, run_id: str, read: CellReader) -> dict[str, CostTabl
             CostRow.baseline,
             CostRow.weights,
             CostRow.provenance,
-        )
-        .where(CostRow.run_id == run_id)
-        .order_by(CostRow.name)
+        ).where(CostRow.run_id == run_id)
     ).all()
     found = {}
-    for name, unit, fixed, baseline, weights, provenance in rows:
+    # Sorted here: how a server sorts text depends on its language.
+    for name, unit, fixed, baseline, weights, provenance in sorted(rows, key=lambda row: row.name):
         cells = session.execute(
             select(
                 CostCellRow.unit,
