@@ -48,7 +48,11 @@ HEAVY = {
     "transformers": {"mpq/models.py"},
     "plotly": {"mpq/figures.py"},
     "optuna": {"solvers/optuna_search.py"},
-    "safetensors": {"mpq/export/packed.py", "mpq/export/compressed_weights.py"},
+    "safetensors": {
+        "mpq/export/packed.py",
+        "mpq/export/compressed_weights.py",
+        "mpq/models.py",
+    },
     "gguf": {"mpq/export/gguf.py"},
     "torchao": set(),
     "compressed_tensors": set(),
