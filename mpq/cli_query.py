@@ -160,3 +160,39 @@ def layers(
     wanted = _wanted(model, name, metric, None, user, tag, since, until, budget, where)
     with open_store(storage) as store:
         print_layers(layer_uses(store, **wanted), bits, as_json)
+
+
+@querying.command("gc", rich_help_panel="Operate")
+def collect_garbage(
+    storage: Storage = None,
+    older_than: Annotated[str, typer.Option(help="12h, 30d, 8w, ...")] = "30d",
+    keep_tagged: Annotated[bool, typer.Option(help="Keep runs that have a tag.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what would go.")] = False,
+    vacuum: Annotated[bool, typer.Option(help="Make the SQLite file smaller.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove runs that ended long ago, and scores under content keys that no run took since."""
+    from mpq.core.moments import span
+    from mpq.findings import print_removed
+    from mpq.store.retention import collect
+    from mpq.store.store import open_store
+
+    limit = span(older_than)
+    with open_store(storage) as store:
+        options = {"keep_tagged": keep_tagged, "dry_run": dry_run, "vacuum": vacuum}
+        print_removed(collect(store, limit, **options), dry_run, as_json)
+
+
+@querying.command("doctor", rich_help_panel="Operate")
+def doctor(
+    storage: Storage = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Also join this Ray cluster, host:port or 'auto'.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this installation: versions, database, disk, Ray, kernels, threads."""
+    from mpq.doctor import examine
+    from mpq.findings import print_findings
+
+    raise SystemExit(print_findings(examine(storage, ray_address), as_json))

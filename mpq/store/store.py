@@ -305,9 +305,14 @@ class Store:
             return tables.problem(session, run_id, with_responses)
 
     def partials(self, keys: Iterable[str]) -> dict[str, Partial]:
-        """Return the results of tasks that are there, in the order of the keys."""
+        """Return the results of tasks that are there, in the order of the keys; notes their use."""
         with self._read() as session:
-            return partials.get(session, keys)
+            found = partials.get(session, keys)
+            old = partials.stale(session, found)
+        if old:
+            with self._write() as session:
+                partials.note_use(session, old)
+        return found
 
     def partial_seconds(self, keys: Iterable[str]) -> dict[str, float]:
         """Return how long each task took whose result is there, in the order of the keys."""
