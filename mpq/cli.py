@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mpq.cli_database import database
 from mpq.cli_options import AsJson, RunName, Storage
+from mpq.cli_query import querying
 from mpq.cli_service import serving
 
 app = typer.Typer(
@@ -20,8 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Choose the number format of every layer under memory and measured-latency budgets.",
 )
-database = typer.Typer(no_args_is_help=True, help="The database that keeps every run.")
 app.add_typer(database, name="db", rich_help_panel="Operate")
+app.add_typer(querying)
 app.add_typer(serving)
 
 
@@ -181,26 +183,6 @@ def deploy_run(
         typer.echo(json.dumps(made.view(), indent=2) if as_json else "\n".join(made.lines()))
 
 
-@app.command("show", rich_help_panel="Inspect")
-def show(run: RunName = "latest", storage: Storage = None, as_json: AsJson = False) -> None:
-    """Print a stored run: budgets, the chosen schemes, predicted against measured."""
-    from mpq.store.store import open_store
-    from mpq.terminal import print_run
-
-    with open_store(storage) as store:
-        print_run(store, store.resolve_run(run), as_json)
-
-
-@app.command("list", rich_help_panel="Inspect")
-def list_runs(storage: Storage = None, limit: int = 20, as_json: AsJson = False) -> None:
-    """Print the newest runs."""
-    from mpq.store.store import open_store
-    from mpq.terminal import print_runs
-
-    with open_store(storage) as store:
-        print_runs(store, limit, as_json)
-
-
 @app.command("solve", rich_help_panel="Inspect")
 def solve_again(
     run: RunName = "latest",
@@ -335,15 +317,6 @@ def export_run(
     with open_store(storage) as store:
         result = SearchResult(store, store.resolve_run(run, RunState.SUCCEEDED))
         typer.echo(str(result.export(to, out, strip=strip)))
-
-
-@database.command("upgrade")
-def upgrade_database(storage: Storage = None) -> None:
-    """Bring a database to this version's schema, keeping its data."""
-    from mpq.store.migrate import upgrade
-
-    upgrade(storage)
-    typer.echo("the database is at this version's schema", err=True)
 
 
 def main() -> None:

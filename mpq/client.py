@@ -11,10 +11,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from mpq import service
+from mpq.comparison import Comparison, compare_runs
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.jobs import JobSpec, RunState
+from mpq.datatable import DataTable
 from mpq.jobfile import load_job, parse_job
-from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
+from mpq.layer_use import LayerUses, layer_uses
+from mpq.run_tables import run_table, runs_table
+from mpq.store.query import RunQuery
+from mpq.store.records import EventRecord, JobRecord, RunPage, RunRecord, StageRecord
 from mpq.store.store import Store, open_store
 
 
@@ -74,9 +79,25 @@ class Client:
         """Return the run that an id, its beginning, a job's name or "latest" stands for."""
         return RunHandle(self.store, self.store.resolve_run(name))
 
-    def runs(self, **wanted: Any) -> list[RunRecord]:
-        """Return the newest runs with these properties (see `Store.runs`)."""
-        return self.store.runs(**wanted)
+    def runs(self, limit: int | None = 50, **wanted: Any) -> list[RunRecord]:
+        """Return runs with these properties (see `RunQuery`), newest first unless sorted."""
+        return self.store.runs(limit=limit, **wanted)
+
+    def page(self, *, limit: int | None = 50, cursor: str | None = None, **wanted: Any) -> RunPage:
+        """Return some of these runs with their numbers; its `cursor` leads to the next ones."""
+        return self.store.run_page(RunQuery.of(**wanted), limit, cursor)
+
+    def runs_table(self, limit: int | None = None, **wanted: Any) -> DataTable:
+        """Return these runs and their numbers as a table, for `.pandas()`, `.arrow()`, files."""
+        return runs_table(self.page(limit=limit, **wanted).rows)
+
+    def compare(self, *runs: str) -> Comparison:
+        """Return how the allocations, totals and measurements of runs differ."""
+        return compare_runs(self.store, runs)
+
+    def layers(self, **wanted: Any) -> LayerUses:
+        """Return how often the results of these runs, of one model, gave each layer what."""
+        return layer_uses(self.store, **wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +150,10 @@ class RunHandle:
     def resume(self) -> None:
         """Let a process of its own go on with it; finished scores are used again."""
         service.start_driver(self.store, self.id)
+
+    def table(self, name: str) -> DataTable:
+        """Return its "scores", "costs", "allocation" or "evaluations" as a table."""
+        return run_table(self.store, self.id, name)
 
     def delete(self) -> None:
         """Take it out of the database."""

@@ -13,6 +13,7 @@ from types import FrameType
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.jobs import RunState
 from mpq.driving import driving
+from mpq.logged import Logged
 from mpq.progress import Advance
 from mpq.store.store import Store, open_store
 
@@ -59,7 +60,7 @@ def drive(store: Store, run_id: str, instead_of: str | None = None) -> None:
         from mpq.pipeline import run_job
 
         try:
-            run_job(store.run(run_id).spec, store, Kept(store, run_id), run_id)
+            run_job(store.run(run_id).spec, store, Logged.of(run_id, Kept(store, run_id)), run_id)
         except Exception as error:
             if store.run(run_id).state in (RunState.PENDING, RunState.RUNNING):
                 failure = error if isinstance(error, MpqError) else _told(error)

@@ -209,29 +209,6 @@ def print_surface(problem: Problem, found: Surface, as_json: bool = False) -> No
     _console().print(table)
 
 
-def print_runs(store: Store, limit: int, as_json: bool = False) -> None:
-    """Print the newest runs, one a line."""
-    records = store.runs(limit=limit)
-    if as_json:
-        rows = [
-            {
-                "id": r.id,
-                "name": r.name,
-                "state": str(r.state),
-                "created_at": r.created_at.isoformat(),
-                "budgets": list(r.spec.budgets),
-            }
-            for r in records
-        ]
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("run", "name", "state", "created (UTC)", "model", "budgets", box=None)
-    for r in records:
-        created = f"{r.created_at:%Y-%m-%d %H:%M:%S}"
-        table.add_row(r.id, r.name, str(r.state), created, r.spec.model, ", ".join(r.spec.budgets))
-    _console().print(table)
-
-
 def finite(value: float) -> float | None:
     """Return a number as JSON can hold it: None for an infinite one."""
     return value if abs(value) < float("inf") else None

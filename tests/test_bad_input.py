@@ -18,8 +18,9 @@ from torch import nn
 import mpq
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning
 from mpq.core.jobs import RunState
+from mpq.listed import print_page
 from mpq.store.store import Store, open_store
-from mpq.terminal import print_run, print_runs, print_solution
+from mpq.terminal import print_run, print_solution
 
 
 class Tiny(nn.Module):
@@ -363,7 +364,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
     result = search(store, model=model, name="job [/b]")
     print_run(store, result.run_id)
     print_solution(result.graph, result.problem, result.solve(["memory <= 80%"]))
-    print_runs(store, limit=3)
+    print_page(store.run_page(limit=3))
     printed = capsys.readouterr().out
     assert printed.count("job [/b]") == 2
     for name in model._modules:

@@ -22,6 +22,8 @@ def connected(num_cpus: int, address: str | None, insecure: bool) -> Any:
     """
     # Ray prints a hint about a future default that a user of this product cannot act on.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:  # a local head that does not answer is dead: no minute is worth waiting
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray

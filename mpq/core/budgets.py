@@ -30,6 +30,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "MACs": {"MACs": 1, "MMACs": 1e6, "GMACs": 1e9},
     "LUTs": {"LUTs": 1, "kLUTs": 1e3},
 }
+AMOUNTS = {name: scale for units in _UNITS.values() for name, scale in units.items()}
 _BUDGET = re.compile(
     r"\s*(?P<cost>[\w-]+)\s*<=\s*"
     r"(?:uniform\s+(?P<uniform>\S+)|(?P<amount>[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)\s*"

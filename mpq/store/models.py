@@ -217,7 +217,10 @@ class ResponsesRow(Base):
 
 
 class PartialRow(Base):
-    """The result of one scoring task under the key of its content; all runs share it."""
+    """The result of one scoring task under the key of its content; all runs share it.
+
+    `used_at` is when a run last made or took it, to the hour.
+    """
 
     __tablename__ = "partials"
 
@@ -225,6 +228,7 @@ class PartialRow(Base):
     seconds: Mapped[float]
     arrays: Mapped[bytes]
     created_at: Mapped[datetime]
+    used_at: Mapped[datetime | None] = mapped_column(index=True)
 
 
 class KernelLatencyRow(Base):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from mpq.core.protocols import Partial
@@ -14,6 +14,7 @@ from mpq.store.conflict import insert_into
 from mpq.store.models import PartialRow
 
 _KEYS_AT_ONCE = 500  # databases limit the parameters of a statement
+_TOLD = timedelta(hours=1)  # a use is noted so often, not with every look
 
 
 def get(session: Session, keys: Iterable[str]) -> dict[str, Partial]:
@@ -25,6 +26,24 @@ def get(session: Session, keys: Iterable[str]) -> dict[str, Partial]:
         query = select(PartialRow.key, PartialRow.arrays).where(PartialRow.key.in_(some))
         found.update((key, arrays) for key, arrays in session.execute(query))
     return {key: npz_arrays(key, found[key]) for key in wanted if key in found}
+
+
+def stale(session: Session, keys: Iterable[str]) -> list[str]:
+    """Return which of the results were last used over an hour ago, as far as is noted."""
+    wanted = list(keys)
+    found: list[str] = []
+    is_old = or_(PartialRow.used_at.is_(None), PartialRow.used_at < datetime.now(UTC) - _TOLD)
+    for start in range(0, len(wanted), _KEYS_AT_ONCE):
+        some = PartialRow.key.in_(wanted[start : start + _KEYS_AT_ONCE])
+        found += session.scalars(select(PartialRow.key).where(some, is_old)).all()
+    return found
+
+
+def note_use(session: Session, keys: list[str]) -> None:
+    """Note that results are used now."""
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        some = PartialRow.key.in_(keys[start : start + _KEYS_AT_ONCE])
+        session.execute(update(PartialRow).where(some).values(used_at=datetime.now(UTC)))
 
 
 def seconds(session: Session, keys: Iterable[str]) -> dict[str, float]:
@@ -40,10 +59,12 @@ def seconds(session: Session, keys: Iterable[str]) -> dict[str, float]:
 
 def put(session: Session, key: str, partial: Partial, seconds: float) -> None:
     """Keep a result; where its key is there already, the first one stays."""
+    now = datetime.now(UTC)
     row = insert_into(session, PartialRow).values(
         key=key,
         seconds=float(seconds),
         arrays=npz_bytes(partial),
-        created_at=datetime.now(UTC),
+        created_at=now,
+        used_at=now,
     )
     session.execute(row.on_conflict_do_nothing())

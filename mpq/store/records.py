@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -69,3 +70,28 @@ class EventRecord:
     at: datetime
     kind: str
     message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run as a list tells it, with the numbers of its chosen allocation.
+
+    `totals` are in the units of their costs, `predicted` is the predicted loss, `divergence` the
+    mean that was measured on held-out batches; empty and NaN where the run did not get that far.
+    """
+
+    run: RunRecord
+    owner: str
+    tags: tuple[str, ...]
+    totals: Mapping[str, float]
+    predicted: float
+    divergence: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPage:
+    """Some runs in order; `cursor` leads to the next ones, None: these were the last."""
+
+    rows: tuple[RunSummary, ...]
+    cursor: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -94,23 +94,16 @@ def delete(session: Session, run_id: str) -> None:
 
 def one(session: Session, run_id: str) -> RunRecord:
     """Return a run."""
-    found = _records(session, [RunRow.id == run_id], 1)
+    found = records(session, [RunRow.id == run_id], 1)
     if not found:
         raise unknown_run(session, run_id)
     return found[0]
 
 
-def newest(
-    session: Session, equal: Mapping[str, object | None], limit: int | None
-) -> list[RunRecord]:
-    """Return the newest runs whose columns equal the given values, None being any."""
-    wanted = [getattr(RunRow, name) == value for name, value in equal.items() if value is not None]
-    return _records(session, wanted, limit)
-
-
-def _records(
+def records(
     session: Session, wanted: Sequence[ColumnElement[bool]], limit: int | None
 ) -> list[RunRecord]:
+    """Return the newest runs that meet all conditions."""
     query = select(*_FIELDS, RunRow.graph.is_not(None).label("has_graph")).where(*wanted)
     rows = session.execute(query.order_by(*_NEWEST).limit(limit)).mappings()
     return [RunRecord(**{**row, "state": RunState(row["state"])}) for row in rows]

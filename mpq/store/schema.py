@@ -29,7 +29,13 @@ from mpq.store.models import Base
 
 # Oldest first; a test compares them with the files in migrations/versions. Kept here because
 # importing alembic takes longer than everything else that opens a database.
-REVISIONS = ("0001_first_tables", "0002_frontiers", "0003_joint_costs", "0004_jobs")
+REVISIONS = (
+    "0001_first_tables",
+    "0002_frontiers",
+    "0003_joint_costs",
+    "0004_jobs",
+    "0005_partial_use",
+)
 
 _LOCK = 0x6D7071  # PostgreSQL: whoever holds it creates or migrates
 _WAL_TRIES_S = 30.0

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
@@ -28,6 +28,7 @@ from mpq.store import (
     graphs,
     jobs,
     latencies,
+    pages,
     partials,
     progress,
     runs,
@@ -38,7 +39,8 @@ from mpq.store.address import shown, sqlite_file, storage_url
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.patience import Patience, patient
-from mpq.store.records import EventRecord, JobRecord, RunRecord, StageRecord
+from mpq.store.query import RunQuery
+from mpq.store.records import EventRecord, JobRecord, RunPage, RunRecord, StageRecord
 from mpq.store.schema import prepare
 
 
@@ -233,17 +235,21 @@ class Store:
 
     def runs(
         self,
-        state: RunState | None = None,
+        state: RunState | str | None = None,
         name: str | None = None,
         limit: int | None = 50,
-        *,
-        model: str | None = None,
-        metric: str | None = None,
+        **wanted: Any,
     ) -> list[RunRecord]:
-        """Return the newest runs with these properties, newest first; None means any."""
-        equal = {"state": state, "name": name, "model": model, "metric": metric}
+        """Return runs with these properties (see `RunQuery`), newest first unless sorted."""
+        query = RunQuery.of(state=state, name=name, **wanted)
+        return [row.run for row in self.run_page(query, limit).rows]
+
+    def run_page(
+        self, query: RunQuery | None = None, limit: int | None = 50, cursor: str | None = None
+    ) -> RunPage:
+        """Return some of these runs with their numbers, and the cursor of the next ones."""
         with self._read() as session:
-            return runs.newest(session, equal, limit)
+            return pages.page(session, query or RunQuery(), limit, cursor)
 
     def resolve_run(self, text: str, state: RunState | None = None) -> str:
         """Return the id that an id, its unique start, a run's name or "latest" stands for.
@@ -273,6 +279,11 @@ class Store:
         with self._read() as session:
             return tables.sensitivity(session, run_id, metric, tables.CellReader())
 
+    def scored_metrics(self, run_id: str) -> list[str]:
+        """Return the names of the metrics that a run has a table of."""
+        with self._read(run_id) as session:
+            return tables.scored_metrics(session, run_id)
+
     def put_cost(self, run_id: str, table: CostTable) -> None:
         """Keep a cost table."""
         with self._write(run_id) as session:
@@ -282,6 +293,11 @@ class Store:
         """Return the cost tables by name."""
         with self._read(run_id) as session:
             return tables.costs(session, run_id, tables.CellReader())
+
+    def cost_units(self, run_id: str) -> dict[str, str]:
+        """Return what each cost of a run is counted in."""
+        with self._read(run_id) as session:
+            return tables.cost_units(session, run_id)
 
     def put_responses(self, run_id: str, responses: Responses) -> None:
         """Keep the responses."""
@@ -299,9 +315,14 @@ class Store:
             return tables.problem(session, run_id, with_responses)
 
     def partials(self, keys: Iterable[str]) -> dict[str, Partial]:
-        """Return the results of tasks that are there, in the order of the keys."""
+        """Return the results of tasks that are there, in the order of the keys; notes their use."""
         with self._read() as session:
-            return partials.get(session, keys)
+            found = partials.get(session, keys)
+            old = partials.stale(session, found)
+        if old:
+            with self._write() as session:
+                partials.note_use(session, old)
+        return found
 
     def partial_seconds(self, keys: Iterable[str]) -> dict[str, float]:
         """Return how long each task took whose result is there, in the order of the keys."""

@@ -54,13 +54,17 @@ def put_sensitivity(session: Session, run_id: str, table: SensitivityTable) -> N
     _insert_cells(session, ScoreRow, shared, table.cells, columns)
 
 
+def scored_metrics(session: Session, run_id: str) -> list[str]:
+    """Return the names of the metrics that a run has a table of, in order."""
+    of_run = select(ScoreRow.metric).where(ScoreRow.run_id == run_id)
+    return list(session.scalars(of_run.distinct().order_by("metric")))
+
+
 def sensitivity(
     session: Session, run_id: str, metric: str | None, read: CellReader
 ) -> SensitivityTable:
     """Return the table of a metric; None is that the run asked for, or picked."""
-    found = session.scalars(
-        select(ScoreRow.metric).where(ScoreRow.run_id == run_id).distinct().order_by("metric")
-    ).all()
+    found = scored_metrics(session, run_id)
     if not found:
         raise not_stored(session, run_id, "sensitivity table")
     if metric is None:
@@ -157,6 +161,12 @@ def costs(session: Session, run_id: str, read: CellReader) -> dict[str, CostTabl
             joint=_joint(session, run_id, name, axis),
         )
     return found
+
+
+def cost_units(session: Session, run_id: str) -> dict[str, str]:
+    """Return what each cost of a run is counted in, by its name."""
+    of_run = select(CostRow.name, CostRow.unit_of_measure).where(CostRow.run_id == run_id)
+    return {name: unit for name, unit in session.execute(of_run)}  # noqa: C416
 
 
 def _joint(session: Session, run_id: str, name: str, cells: Cells) -> JointCosts | None:
