@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -38,9 +38,10 @@ from mpq.store import (
 from mpq.store.address import shown, sqlite_file, storage_url
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
+from mpq.store.leases import Leases
 from mpq.store.patience import Patience, patient
 from mpq.store.query import RunQuery
-from mpq.store.records import EventRecord, JobRecord, RunPage, RunRecord, StageRecord
+from mpq.store.records import EventRecord, RunPage, RunRecord, StageRecord
 from mpq.store.schema import prepare
 
 
@@ -65,7 +66,7 @@ def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
 
 
 @patient
-class Store:
+class Store(Leases):
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
@@ -129,73 +130,6 @@ class Store:
 
         with self._write() as session:
             return runs.create(session, spec, device, __version__)
-
-    def submit(
-        self,
-        spec: JobSpec,
-        *,
-        body: str = "",
-        submission_id: str | None = None,
-        owner: str = "",
-        priority: int = 0,
-        tags: Sequence[str] = (),
-        queued: bool = False,
-    ) -> tuple[str, bool]:
-        """Add a pending run, or find the one of this submission; return its id and if it is new.
-
-        Raises InvalidInputError (`submission_conflict`) for another job under a known id.
-        """
-        from mpq import __version__  # late: `mpq` itself may still be loading
-
-        with self._write() as session:
-            return jobs.submit(
-                session,
-                spec,
-                "",
-                __version__,
-                body=body,
-                submission_id=submission_id,
-                owner=owner,
-                priority=priority,
-                tags=tags,
-                queued=queued,
-            )
-
-    def job(self, run_id: str) -> JobRecord:
-        """Return who submitted a run and who drives it."""
-        with self._read() as session:
-            return jobs.one(session, run_id)
-
-    def take(self, run_id: str, driver: str, seconds: float, instead_of: str | None = None) -> None:
-        """Let a driver drive a run; raises StorageError (`run_driven`) where another one does.
-
-        A stopped or failed run is pending again; the lease of `instead_of` is taken on.
-        """
-        with self._write() as session:
-            jobs.take(session, run_id, driver, seconds, instead_of)
-
-    def take_next(self, driver: str, seconds: float, per_owner: int | None = None) -> str | None:
-        """Take the queued or abandoned run that is next, None where there is none."""
-        with self._write() as session:
-            return jobs.take_next(session, driver, seconds, per_owner)
-
-    def renew(self, run_id: str, driver: str, seconds: float) -> bool:
-        """Make a lease longer; return whether the run was asked to stop.
-
-        Raises StorageError (`lease_lost`) where another driver has the run.
-        """
-        with self._write() as session:
-            return jobs.renew(session, run_id, driver, seconds)
-
-    def release(self, run_id: str, driver: str) -> None:
-        """End a lease."""
-        with self._write() as session:
-            jobs.release(session, run_id, driver)
-
-    def request_stop(self, run_id: str) -> RunState:
-        """Ask a run to stop; one that nobody drives is stopped at once. Returns its state."""
-        with self._write() as session:
-            return jobs.request_stop(session, run_id)
 
     def start_run(self, run_id: str, device: str) -> None:
         """Let a pending, stopped, failed or abandoned run run on a device."""
