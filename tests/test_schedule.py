@@ -248,6 +248,15 @@ def test_a_cluster_that_is_full_for_long_is_an_error_and_a_short_time_is_not() -
     assert never.clock < 200
 
 
+def test_processes_that_are_only_slow_to_start_are_waited_for() -> None:
+    class Slow(SimulatedCluster):
+        def no_resources(self, patience_s: float) -> None:
+            return None
+
+    pool = Slow(lambda position: 1.0, [Node(slots=2)], start_s=110.0)
+    assert len(list(Schedule(pool, QUICK).run(items(3)))) == 3
+
+
 def test_a_setup_that_never_succeeds_ends_the_run_and_a_bad_node_does_not() -> None:
     pool = cluster(Node(slots=2), faults=Faults(broken=1.0))
     with pytest.raises(RunFailedError, match="setting up failed: no"):

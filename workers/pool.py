@@ -85,5 +85,5 @@ class Pool(Protocol):
     def kill(self, process: int) -> None:
         """End a process; nothing that follows of it counts."""
 
-    def no_resources(self, patience_s: float) -> MpqError:
-        """Return the error for processes of which none has started."""
+    def no_resources(self, patience_s: float) -> MpqError | None:
+        """Return the error for processes of which none has started, None if they are but slow."""

@@ -173,8 +173,12 @@ class _RayPool:
         self._actors[process] = None
         self._holding.discard(process)
 
-    def no_resources(self, patience_s: float) -> MpqError:
+    def no_resources(self, patience_s: float) -> MpqError | None:
         there, free = self._ray.cluster_resources(), self._ray.available_resources()
+        ours = sum(actor is not None for actor in self._actors)
+        enough = all(there.get(name, 0) >= amount for name, amount in self._needs.items())
+        if enough and there.get("CPU", 0) - free.get("CPU", 0) <= ours:
+            return None  # nobody else holds any: a busy machine is slow to start them
         of_each = " and ".join(
             f"{'one CPU' if name == 'CPU' else f'{amount:g} {name}'}, Ray has "
             f"{there.get(name, 0):g} of which {free.get(name, 0):g} are free"

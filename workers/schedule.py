@@ -159,13 +159,15 @@ class Schedule:
                 self._end(number)
                 tasks.hangs.update(position for position, _ in process.work)
                 self._lost_work(process.work, f"no answer in {waited:.0f} s", tasks)
-            elif process.state == "setting up" and waited > limits.first_grace_s:
+            elif process.state in ("starting", "setting up") and waited > limits.first_grace_s:
                 self._end(number)
-                self._lost_start(f"setting up gave no answer in {waited:.0f} s")
+                self._lost_start(f"{process.state} gave no answer in {waited:.0f} s")
         begun = [process.since for process in self._processes.values()]
         starting = all(process.state == "starting" for process in self._processes.values())
         if begun and starting and now - min(begun) > limits.patience_s:
-            raise self._pool.no_resources(limits.patience_s)
+            error = self._pool.no_resources(limits.patience_s)
+            if error is not None:
+                raise error
 
     def _grace(self, work: Sequence[Work], median_s: float | None, tasks: _Tasks) -> float:
         if median_s is None:

@@ -148,7 +148,7 @@ class SimulatedCluster:
         """End a process; its processor is free."""
         self._gone(process)
 
-    def no_resources(self, patience_s: float) -> MpqError:
+    def no_resources(self, patience_s: float) -> MpqError | None:
         """Return the error of a cluster that is full."""
         return StorageError("no_resources", f"no worker started in {patience_s:.0f} s")
 
