@@ -66,16 +66,17 @@ def collect(
     before = _file_bytes(path) if path else None
     with store._read() if dry_run else store._write() as session:
         cutoff = jobs.now(session) - older_than
-        ids = list(session.scalars(select(RunRow.id).where(*_gone(session, cutoff, keep_tagged))))
+        gone = _gone(session, cutoff, keep_tagged)
+        ids = list(session.scalars(select(RunRow.id).where(*gone)))
         unused = func.coalesce(PartialRow.used_at, PartialRow.created_at) < cutoff
         size = func.coalesce(func.sum(func.length(PartialRow.arrays)), 0)
         count, partial_bytes = session.execute(
             select(func.count(), size).select_from(PartialRow).where(unused)
         ).one()
         run_bytes = sum(_bytes(session, run_id) for run_id in ids)
-        if not dry_run:
-            for run_id in ids:
-                session.execute(delete(RunRow).where(RunRow.id == run_id))
+        if not dry_run:  # each looked at again: a run may have been resumed meanwhile
+            going = [delete(RunRow).where(RunRow.id == run_id, *gone) for run_id in ids]
+            ids = [i for one in going for i in session.scalars(one.returning(RunRow.id))]
             session.execute(delete(PartialRow).where(unused))
     after = None
     if path and before is not None and not dry_run:
