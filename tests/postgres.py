@@ -41,6 +41,10 @@ class Server:
         self.run("pg_ctl", "stop", "-w", "-D", self.data, "-m", mode)
 
     @property
+    def running(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
+
+    @property
     def data(self) -> Path:
         return self.folder / "data"
 
@@ -140,17 +144,19 @@ def serve() -> Iterator[Server]:
         try:
             yield server
         finally:
-            if (server.data / "postmaster.pid").exists():
+            if server.running:
                 server.stop()
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """The server of this process, for all of its tests that do not stop it."""
+    """The server of this process, for all of its tests."""
     yield from serve()
 
 
 @pytest.fixture
-def stoppable() -> Iterator[Server]:
-    """A server for one test alone."""
-    yield from serve()
+def stoppable(postgres: Server) -> Iterator[Server]:
+    """The same server for a test that stops it; the next one finds it running."""
+    yield postgres
+    if not postgres.running:
+        postgres.start()
