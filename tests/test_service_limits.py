@@ -104,6 +104,7 @@ def test_many_runs_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE"), len(list(Path("/proc/self/fd").iterdir()))
 
+    others = set(descendants(os.getpid()))  # a local Ray of other tests
     with open_store(tmp_path / "runs.db") as store:
         for seed in range(20):
             mpq.run_job(spec(seed=seed), store)
@@ -114,4 +115,4 @@ def test_many_runs_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
         assert len(store.runs(limit=None)) == 120
     assert after < 1.05 * memory
     assert files_after <= files + 10  # a pool of five connections may have filled meanwhile
-    assert not descendants(os.getpid())
+    assert set(descendants(os.getpid())) <= others
