@@ -86,7 +86,8 @@ def show_logs(
 @serving.command("stop", rich_help_panel="Serve")
 def stop_run(run: RunName, storage: Storage = None) -> None:
     """Stop a run; what it found stays, and 'mpq resume' goes on from there."""
-    from mpq.service import ENDED, stop
+    from mpq.core.jobs import ENDED
+    from mpq.service import stop
     from mpq.store.store import open_store
 
     with open_store(storage) as store:

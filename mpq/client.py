@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -173,7 +173,7 @@ class RunHandle:
 
 def _spec(job: JobSpec | dict[str, Any] | str | Path) -> JobSpec:
     if isinstance(job, JobSpec):
-        return replace(job)
+        return job
     if isinstance(job, dict):
         return parse_job(job)
     if isinstance(job, str | Path):

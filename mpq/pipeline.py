@@ -19,6 +19,7 @@ from mpq.core.errors import InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
 from mpq.core.limits import Limit
+from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.profiles import Profile, given_profiles
 from mpq.core.protocols import Scores
@@ -140,13 +141,13 @@ def search(
         raise InvalidInputError("groups", f"groups is a list of lists of layers, got {groups!r}")
     spec = JobSpec(
         name=name,
-        model=_text(model),
-        calibration=_text(calibration),
-        held_out=None if held_out is None else _text(held_out),
-        sample=None if sample is None else _text(sample),
+        model=live_text(model),
+        calibration=live_text(calibration),
+        held_out=None if held_out is None else live_text(held_out),
+        sample=None if sample is None else live_text(sample),
         profiles=dict(profiles),
-        evaluate=None if evaluate is None else _text(evaluate),
-        loss=None if loss is None else _text(loss),
+        evaluate=None if evaluate is None else live_text(evaluate),
+        loss=None if loss is None else live_text(loss),
         divergence=divergence,
         budgets=tuple(b if isinstance(b, str) else budget_text(b, profiles) for b in budgets),
         minimise=dict(minimise) if isinstance(minimise, Mapping) else minimise,
@@ -159,7 +160,7 @@ def search(
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
         hardware=hardware,
-        quality={quality_name: _text(q) for quality_name, q in (quality or {}).items()},
+        quality={quality_name: live_text(q) for quality_name, q in (quality or {}).items()},
         quality_groups=given_groups(quality_groups),
         limits=tuple(limits),
         executor=executor,
@@ -383,8 +384,3 @@ def _compare(
             Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
         )
     measured(candidates)
-
-
-def _text(source: Any) -> str:
-    """Return what a job record says of a live object."""
-    return source if isinstance(source, str) else f"<live {type(source).__name__}>"

@@ -11,8 +11,8 @@ import typer
 
 from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import RunFailedError
-from mpq.core.jobs import RunState
-from mpq.service import ENDED, wait
+from mpq.core.jobs import ENDED, RunState
+from mpq.service import wait
 from mpq.store.store import Store
 
 _LOOK_S = 0.5

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mpq.core.errors import InvalidInputError, RunFailedError
-from mpq.core.jobs import JobSpec, RunState
-from mpq.driving import LEASE_S, driver_name
+from mpq.core.jobs import ENDED, JobSpec, RunState
+from mpq.core.live import is_live
+from mpq.driving import driver_name
 from mpq.store.store import Store
 
-_LIVE = "<live "  # how a job tells of an object that was passed as it is
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
-ENDED = frozenset({RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED})
 
 
 def submit(
@@ -69,7 +68,7 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
     parts = {
         name: value
         for name in ("model", "calibration", "held_out", "sample", "evaluate", "loss")
-        if (value := getattr(spec, name)) is not None and str(value).startswith(_LIVE)
+        if is_live(value := getattr(spec, name))
     }
     for name, value in parts.items():
         raise InvalidInputError(
@@ -194,5 +193,5 @@ def drive_queue(
                 continue
             if until_empty and not running:
                 break
-        time.sleep(_IDLE_S if ended is None else min(_IDLE_S, LEASE_S))
+        time.sleep(_IDLE_S)
     return count

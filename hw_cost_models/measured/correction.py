@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hw_cost_models.measured.interval import NORMAL
 from hw_cost_models.measured.protocol import DRIFT_SD
 from mpq.core.joint import JointCosts
 from mpq.core.tables import CostTable, Floats, Indices
@@ -20,7 +21,6 @@ _REST_SD = 0.10  # of what is between the layers, as a share of the whole fp32 n
 _JOINT_SD = 0.30  # of all neighbours
 _PAIR_SD = 0.10  # of one pair, beyond that
 _NOISE_SD = 0.01  # of the time of a whole network, at least
-_NORMAL = 1.960
 _LEAST = 0.05  # of a measured time, whatever the runs say
 
 
@@ -123,7 +123,7 @@ def _tabled(
     share = min(rest, 0.0) / len(table.cells.units)
     values = np.maximum(values + share, 0.0)
     rest = max(rest, 0.0)
-    width = _NORMAL * np.hypot(error, DRIFT_SD) * (values + rest / len(table.cells.units))
+    width = NORMAL * np.hypot(error, DRIFT_SD) * (values + rest / len(table.cells.units))
     return replace(
         table,
         values=values,

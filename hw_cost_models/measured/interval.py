@@ -13,7 +13,7 @@ Blocks = list[Indices]
 MOST_BLOCKS = 12
 # 97.5 % points of Student's t for 1 to 11 degrees of freedom.
 _STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-_NORMAL = 1.960
+NORMAL = 1.960
 _MAD_TO_SD = 1.4826  # of a normal distribution
 _MEDIAN_TO_MEAN = 1.2533  # standard error of a median over that of a mean, normal distribution
 _DRAWS = 200
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
     def half_width(self, least_drift_sd: Floats | float = 0.0) -> Floats:
         """Return both errors in quadrature, the drift with at least this standard deviation."""
-        half: Floats = np.hypot(self.sampling, np.maximum(self.drift, _NORMAL * least_drift_sd))
+        half: Floats = np.hypot(self.sampling, np.maximum(self.drift, NORMAL * least_drift_sd))
         return half
 
 
@@ -57,7 +57,7 @@ def estimate(times: Floats, reference: Floats, *, seed: int = 0) -> Estimate:
     return Estimate(
         seconds=middle[:-1] * middle[-1],
         sampling=_STUDENT[len(blocks) - 2] * spread,
-        drift=_NORMAL * _drift(np.log(times), blocks),
+        drift=NORMAL * _drift(np.log(times), blocks),
     )
 
 

@@ -203,6 +203,8 @@ class RunState(enum.StrEnum):
     FAILED = "FAILED"
 
 
+ENDED = frozenset({RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED})
+
 _NEXT = {
     RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
     RunState.RUNNING: {RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED},

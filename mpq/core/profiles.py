@@ -16,6 +16,7 @@ from mpq.core.budgets import COST_UNITS
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.joint import JointCosts
 from mpq.core.latency import REST_INCLUDED
+from mpq.core.live import live_text
 from mpq.core.tables import Cells, CostTable
 
 _NAME = re.compile(r"[\w-]+")  # as a budget is written with
@@ -80,7 +81,7 @@ def as_texts(profiles: Mapping[str, Profile]) -> dict[str, Profile]:
     return {
         name: one
         if one.sample is None or isinstance(one.sample, str)
-        else replace(one, sample=f"<live {type(one.sample).__name__}>")
+        else replace(one, sample=live_text(one.sample))
         for name, one in profiles.items()
     }
 

@@ -17,6 +17,7 @@ from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.latency import KernelLatency
 from mpq.core.layers import LayerGraph
+from mpq.core.live import is_live
 from mpq.core.profiles import Profile
 from mpq.deploy.network import relative
 from mpq.deploy.profile_times import InRuntime, batches_of, predicted_s, profile_of, profile_times
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 _COMPARED = 16  # batches of the sample's shape
 _EXPLAINED = 1e-3  # relative; chance decides how a number in the middle of two codes is rounded
-_LIVE = "<live "  # how a job tells of an object that was passed as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
 
 
 def _or_entry_point(given: Any, kept: str | None) -> Any:
-    return kept if given is None and kept is not None and not kept.startswith(_LIVE) else given
+    return kept if given is None and kept is not None and not is_live(kept) else given
 
 
 def _missing(what: str, kept: str) -> InvalidInputError:

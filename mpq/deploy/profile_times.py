@@ -15,6 +15,7 @@ from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.latency import REST_INCLUDED
 from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.live import is_live
 from mpq.core.profiles import Profile, given_profiles
 from mpq.deploy.network import FAITHFUL, relative
 from mpq.deploy.target import Loaded, Target
@@ -28,7 +29,6 @@ from mpq.profiles import profile_batches
 if TYPE_CHECKING:
     from mpq.result import SearchResult
 
-_LIVE = "<live "  # how a job tells of an object that was passed as it is
 _PASS = "pass profiles={name: Profile(sample=...)}"
 
 
@@ -50,7 +50,7 @@ def batches_of(
         if name not in spec.profiles:
             raise unknown("profile", name, spec.profiles)
         kept = profile.sample
-        if isinstance(kept, str) and kept.startswith(_LIVE):
+        if is_live(kept):
             missing.append(f"{name} is not timed: its sample, {kept}, is not kept, {_PASS}")
         elif kept is None and base is None:
             missing.append(f"{name} is not timed: it was made of calibration batches, {_PASS}")
@@ -62,7 +62,7 @@ def batches_of(
 def _job_sample(spec: JobSpec, sample: Batch, calibration: Sequence[Batch]) -> Batch | None:
     if spec.sample is None:
         return cut(calibration[0], 0, 1) if calibration else None
-    return sample if spec.sample.startswith(_LIVE) else load_batches(spec.sample, "sample")
+    return sample if is_live(spec.sample) else load_batches(spec.sample, "sample")
 
 
 def predicted_s(result: SearchResult, cost: str, device: str, fp32_s: float) -> float | None:

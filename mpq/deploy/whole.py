@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from hw_cost_models.measured.correction import Parts, Run, corrected
+from hw_cost_models.measured.interval import NORMAL
 from mpq.core.formats import Scheme
 from mpq.core.latency import REST_INCLUDED, KernelCase, KernelLatency
 from mpq.core.layers import LayerGraph, LayerName
@@ -29,7 +30,6 @@ _MIXES = 10
 _TOGETHER = 5  # mixes in memory at once
 _CALIBRATION = 4  # samples for static ranges, which no time depends on
 _LIKING = 0.5  # of a Dirichlet distribution: most mixes like a few formats best
-_NORMAL = 1.960
 Schemes = Mapping[LayerName, Scheme]
 
 
@@ -56,7 +56,7 @@ def with_whole(
         Run(
             choice=mix.choice(table.cells),
             seconds=took.median_s,
-            sd=np.log(took.high_s / took.median_s) / _NORMAL,
+            sd=np.log(took.high_s / took.median_s) / NORMAL,
         )
         for mix, took in zip(mixes, mixed, strict=True)
     ]

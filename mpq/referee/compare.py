@@ -17,6 +17,7 @@ from mpq.candidates import propose
 from mpq.core.errors import InfeasibleError, InvalidInputError
 from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import JobSpec
+from mpq.core.live import live_text
 from mpq.core.problem import Budget, BudgetText, Problem, budget_text
 from mpq.core.profiles import as_texts, given_profiles
 from mpq.core.quantities import quantity
@@ -83,9 +84,7 @@ def compare_metrics(
             )
     live = {"model": model, "calibration": calibration, "loss": loss, "sample": sample}
     named: dict[str, Any] = {
-        key: value if isinstance(value, str) else f"<live {type(value).__name__}>"
-        for key, value in live.items()
-        if value is not None
+        key: live_text(value) for key, value in live.items() if value is not None
     }
     named |= {"profiles": as_texts(profiles)}
     spec = parse_job({**job, **named, "budgets": texts[0], "metric": AUTO}, "compare_metrics")

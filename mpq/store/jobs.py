@@ -12,14 +12,12 @@ from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError, StorageError
-from mpq.core.jobs import JobSpec, RunState
+from mpq.core.jobs import ENDED, JobSpec, RunState
+from mpq.core.live import LIVE
 from mpq.store import events, runs
 from mpq.store.models import JobRow, RunRow, TagRow
 from mpq.store.patience import again
 from mpq.store.records import JobRecord
-
-_LIVE = "<live "  # how a job tells of an object that was passed as it is
-_ENDED = (RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED)
 
 
 def now(session: Session) -> datetime:
@@ -200,7 +198,7 @@ def _waits(at: datetime) -> ColumnElement[bool]:
     is_free = or_(JobRow.lease_until.is_(None), JobRow.lease_until < at)
     left = and_(RunRow.state == RunState.RUNNING, JobRow.driver.is_not(None))
     pending = and_(RunRow.state == RunState.PENDING, JobRow.queued)
-    return and_(is_free, or_(pending, left), ~RunRow.model.startswith(_LIVE, autoescape=True))
+    return and_(is_free, or_(pending, left), ~RunRow.model.startswith(LIVE, autoescape=True))
 
 
 def renew(session: Session, run_id: str, driver: str, seconds: float) -> bool:
@@ -239,7 +237,7 @@ def request_stop(session: Session, run_id: str) -> RunState:
     if found is None:
         raise runs.unknown_run(session, run_id)
     state = RunState(found)
-    if state in _ENDED:
+    if state in ENDED:
         return state
     until = session.scalar(select(JobRow.lease_until).where(JobRow.run_id == run_id))
     if until is None or until <= now(session):

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, LargeBinary, cast, delete, func, select
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.jobs import RunState
+from mpq.core.jobs import ENDED
 from mpq.store import jobs
 from mpq.store.address import sqlite_file
 from mpq.store.failures import one_line_errors
@@ -24,8 +24,6 @@ from mpq.store.models import (
     TagRow,
 )
 from mpq.store.store import Store
-
-_ENDED = [state.value for state in (RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +108,7 @@ def _vacuum(store: Store) -> None:
 def _gone(session: Session, cutoff: datetime, keep_tagged: bool) -> list[ColumnElement[bool]]:
     driven = select(JobRow.run_id).where(JobRow.lease_until > jobs.now(session))
     found = [
-        RunRow.state.in_(_ENDED),
+        RunRow.state.in_([state.value for state in ENDED]),
         RunRow.ended_at < cutoff,
         RunRow.id.not_in(driven),
     ]

@@ -13,13 +13,12 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError, MpqError
-from mpq.core.jobs import JobSpec, RunState, check_transition
+from mpq.core.jobs import ENDED, JobSpec, RunState, check_transition
 from mpq.store.models import RunRow
 from mpq.store.patience import again, once
 from mpq.store.records import RunRecord
 
 _ID_LENGTH = 12
-_ENDED = {RunState.STOPPED, RunState.SUCCEEDED, RunState.FAILED}
 _FIELDS = (
     RunRow.id,
     RunRow.name,
@@ -70,7 +69,7 @@ def set_state(session: Session, run_id: str, state: RunState, error: MpqError | 
     now = datetime.now(UTC)
     values: dict[str, Any] = {
         "state": state.value,
-        "ended_at": now if state in _ENDED else None,
+        "ended_at": now if state in ENDED else None,
         "error_code": error.code if error else None,
         "error_message": str(error) if error else None,
     }
