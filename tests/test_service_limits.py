@@ -96,6 +96,10 @@ def test_a_cluster_that_dies_ends_the_run_which_goes_on_later(
         assert scores(store, run.id) == scores(store, mpq.run_job(spec(), store).run_id)
 
 
+SOAK_RUNS = int(os.environ.get("MPQ_SOAK_RUNS", "120"))
+
+
+@pytest.mark.timeout(300 + 3 * SOAK_RUNS)
 def test_many_runs_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
     """After a warm-up memory and open files stay as they are; no process is left."""
 
@@ -109,10 +113,10 @@ def test_many_runs_in_a_row_leave_nothing_behind(tmp_path: Path) -> None:
         for seed in range(20):
             mpq.run_job(spec(seed=seed), store)
         memory, files = used()
-        for seed in range(20, 120):
+        for seed in range(20, SOAK_RUNS):
             mpq.run_job(spec(seed=seed), store)
         after, files_after = used()
-        assert len(store.runs(limit=None)) == 120
+        assert len(store.runs(limit=None)) == SOAK_RUNS
     assert after < 1.05 * memory
     assert files_after <= files + 10  # a pool of five connections may have filled meanwhile
     assert set(descendants(os.getpid())) <= others
