@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from mpq.core.access import Scope
 from mpq.core.jobs import JobSpec, RunState
 
 
@@ -95,3 +96,17 @@ class RunPage:
 
     rows: tuple[RunSummary, ...]
     cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRecord:
+    """Who may ask over HTTP, without the secret; `used_at` is right to the hour."""
+
+    id: str
+    name: str
+    scope: Scope
+    created_at: datetime
+    expires_at: datetime
+    used_at: datetime | None
+    revoked_at: datetime | None
+    is_valid: bool

@@ -35,22 +35,26 @@ from mpq.store import (
     solutions,
     tables,
 )
+from mpq.store.access import Access
 from mpq.store.address import shown, sqlite_file, storage_url
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.leases import Leases
-from mpq.store.patience import Patience, patient
+from mpq.store.patience import PATIENCE_S, Patience, patient
 from mpq.store.query import RunQuery
-from mpq.store.records import EventRecord, RunPage, RunRecord, StageRecord
+from mpq.store.records import EventRecord, RunPage, RunRecord, RunSummary, StageRecord
 from mpq.store.schema import prepare
 
 
-def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
+def open_store(
+    storage: str | os.PathLike[str] | Store | None = None, *, patience_s: float = PATIENCE_S
+) -> Store:
     """Open a database, making it where it is new.
 
     `storage` is a URL ("sqlite:///runs.db", "postgresql+psycopg://user:password@host/name"),
     the path of a SQLite file, or a store, which is returned as it is; None is the environment's
-    MPQ_STORAGE, else mpq.db in the working directory. Raises StorageError.
+    MPQ_STORAGE, else mpq.db in the working directory. A server that goes away is waited for
+    `patience_s`. Raises StorageError.
     """
     if isinstance(storage, Store):
         return storage
@@ -62,25 +66,26 @@ def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
         except BaseException:
             engine.dispose()
             raise
-    return Store(engine)
+    return Store(engine, patience_s)
 
 
 @patient
-class Store(Leases):
+class Store(Leases, Access):
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
     what was there, except results of tasks, of which the first stays. A server that goes away is
-    waited for, up to ten minutes, and the transaction run again; an MpqWarning tells how long it
-    was. Methods raise InvalidInputError (`unknown_run`) for a run that is not there and
-    StorageError where the database cannot do its work. Use it as a context manager, or close it.
+    waited for (ten minutes, or as `open_store` says) and the transaction run again; an MpqWarning
+    tells how long it was. Methods raise InvalidInputError (`unknown_run`) for a run that is not
+    there and StorageError where the database cannot do its work. Use it as a context manager, or
+    close it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, patience_s: float = PATIENCE_S) -> None:
         self._engine = engine
         self._reading = reading(engine)
         self._writing = writing(engine)
-        self._patience = Patience(shown(engine.url))
+        self._patience = Patience(shown(engine.url), patience_s)
 
     def __repr__(self) -> str:
         return f"Store({shown(self.url)!r})"
@@ -184,6 +189,11 @@ class Store(Leases):
         """Return some of these runs with their numbers, and the cursor of the next ones."""
         with self._read() as session:
             return pages.page(session, query or RunQuery(), limit, cursor)
+
+    def run_summary(self, run_id: str) -> RunSummary:
+        """Return a run with the numbers of its chosen allocation."""
+        with self._read() as session:
+            return pages.summary(session, run_id)
 
     def resolve_run(self, text: str, state: RunState | None = None) -> str:
         """Return the id that an id, its unique start, a run's name or "latest" stands for.

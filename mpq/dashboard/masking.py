@@ -1,0 +1,44 @@
+"""Secrets that texts may hold: passwords of addresses, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from mpq.core.access import PREFIX
+from mpq.core.jobs import JobSpec
+
+_SECRETS = (
+    (re.compile(r"(\b[a-zA-Z][\w+.-]*://[^\s:/@]*):[^\s/]*@"), r"\1:***@"),
+    (
+        re.compile(
+            r"(?i)\b((?:password|passwd|secret|api_?key|access_?key|token)\s*[=:]\s*)"
+            r"(?:'[^']*'|\"[^\"]*\"|[^\s&,;]+)"
+        ),
+        r"\1***",
+    ),
+    (re.compile(rf"\b(?:{PREFIX}|hf_)[\w-]{{16,}}"), "***"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), r"\1***"),
+)
+
+
+def masked_text(text: str) -> str:
+    """Return a text in which no password or token can be read."""
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def masked_job(spec: JobSpec) -> dict[str, Any]:
+    """Return the keys of a job in which no password or token can be read."""
+    found: dict[str, Any] = _masked(dataclasses.asdict(spec))
+    return found
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, str):
+        return masked_text(value)
+    if isinstance(value, dict):
+        return {key: _masked(item) for key, item in value.items()}
+    return [_masked(item) for item in value] if isinstance(value, list | tuple) else value
