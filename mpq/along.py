@@ -15,7 +15,8 @@ from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Problem
 from mpq.core.provenance import cost_label
 from mpq.core.quantities import quantity
-from mpq.result import SearchResult, stated
+from mpq.result import SearchResult
+from mpq.stated import stated
 from solvers.risk import at_risk
 
 

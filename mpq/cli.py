@@ -224,7 +224,8 @@ def solve_again(
     from mpq.core.jobs import RunState
     from mpq.core.risk import risk_of
     from mpq.pins import parse_forbidden, parse_pins, resolve_forbidden, resolve_pins
-    from mpq.result import least_within, parse_weights, stated
+    from mpq.result import least_within, parse_weights
+    from mpq.stated import stated
     from mpq.store.store import open_store
     from mpq.terminal import print_least, print_solution
     from solvers import USE_PAIRS, solve

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq.additivity import Additivity, additivity
-from mpq.core.budgets import Budget, BudgetText, resolved
+from mpq.core.budgets import Budget, BudgetText
 from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
 from mpq.core.deployment import Deployment
@@ -18,7 +18,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme
 from mpq.core.frontier import Chain, Frontier, Surface
-from mpq.core.layers import LayerGraph, LayerName, UnitName
+from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.profiles import Profile
@@ -26,9 +26,9 @@ from mpq.core.quantities import quantity
 from mpq.core.risk import risk_of
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
-from mpq.core.tables import Cell
 from mpq.pins import Named, resolve_forbidden, resolve_pins
 from mpq.stability import stability, usual_draws
+from mpq.stated import stated
 from mpq.store.store import Store
 from solvers import solve
 from solvers.risk import at_risk, with_quantiles
@@ -36,27 +36,11 @@ from solvers.risk import at_risk, with_quantiles
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpq.what_if import RunWhatIf
+
 
 KEPT_POINTS = 25
 KEPT_GRID = (12, 12)
-
-
-def stated(
-    problem: Problem,
-    budgets: Sequence[str | Budget],
-    pins: Mapping[UnitName, Scheme] | None = None,
-    forbidden: Sequence[tuple[Cell, Cell]] = (),
-    constraints: Sequence[Constraint] = (),
-) -> Problem:
-    """Return stored tables as a problem under these conditions."""
-    allowed = {unit: [scheme] for unit, scheme in (pins or {}).items()}
-    problem = replace(
-        problem,
-        budgets=tuple(resolved(budgets, problem.costs)),
-        forbidden=tuple(forbidden),
-        constraints=tuple(constraints),
-    )
-    return problem.pinned(allowed)
 
 
 def parse_weights(texts: Sequence[str], score: float | None) -> dict[str, float]:
@@ -173,6 +157,12 @@ class SearchResult:
         asked = stated(self.problem, budgets, pins, pairs, constraints)
         risk = risk_of(self._asked_risk if risk is None else risk, asked.costs, asked.limits())
         return solve(asked, solver, risk)
+
+    def what_if(self) -> RunWhatIf:
+        """Return what answers ever other budgets and pins in milliseconds, to play with."""
+        from mpq.what_if import RunWhatIf
+
+        return RunWhatIf(self.graph, self.problem, self._asked_risk)
 
     def asked(self, *free: str) -> Problem:
         """Return the problem that the search solved, at its risk, costs in `free` unlimited."""

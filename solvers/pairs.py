@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class Pairs:
         if can_try_all(form):
             best = best_of_all(problem, form)
             return cells[start if best is None else best], math.inf if self.prove else -math.inf
-        best = _Descents(problem, form).best(
+        best = Descents(problem, form).best(
             start, num_starts=self.num_starts, num_kicks=self.num_kicks, seed=self.seed
         )
         return cells[best], lower_bound(form, best) if self.prove else -math.inf
@@ -125,7 +126,9 @@ def _prices(knapsack: Knapsack) -> Floats:
     return prices
 
 
-class _Descents:
+class Descents:
+    """Local searches of one problem, whose score is the pairwise one of `form`."""
+
     def __init__(self, problem: Problem, form: Interacting) -> None:
         self.problem, self.own = problem, form.own
         self.knapsack = with_terms(problem, form.knapsack)
@@ -162,6 +165,10 @@ class _Descents:
         score = float(self.own[choice].sum() + field[choice].sum())
         return _Found(choice=choice, field=field, score=score)
 
+    def improved_if_fits(self, choice: Indices) -> _Found | None:
+        """Return the local optimum reached from a choice after it was made to fit."""
+        return self.improved(self.repair(self.knapsack, choice))
+
     def scaled(self, rng: np.random.Generator) -> Indices | None:
         """Return a good additive choice after scaling each score by about 1/2 to 2."""
         objective = self.knapsack.objective * np.exp(rng.normal(0.0, 0.6, len(self.own)))
@@ -184,17 +191,31 @@ class _Descents:
             field -= self.cross[old]
         return self.improved(repaired, field)
 
-    def best(self, start: Indices, *, num_starts: int, num_kicks: int, seed: int) -> Indices:
-        """Return the best choice of entries found, `start` where nothing beats it."""
+    def best(
+        self,
+        start: Indices,
+        *,
+        num_starts: int,
+        num_kicks: int,
+        seed: int,
+        further: Sequence[Indices] = (),
+    ) -> Indices:
+        """Return the best choice of entries found, `start` where nothing beats it.
+
+        `further` are choices to start from as well, made to fit where they do not.
+        """
         rng = np.random.default_rng(seed)
         field = field_of(self.cross, start)
         score = float(self.own[start].sum() + field[start].sum())
         best = _Found(choice=start, field=field, score=score)
-        for attempt in range(1 + num_starts + num_kicks):
-            if attempt > num_starts:
-                found = self.kicked(best, rng)
-            else:
-                found = self.improved(self.scaled(rng) if attempt else start)
+        tries: list[Callable[[], _Found | None]] = [
+            lambda: self.improved(start),
+            *(partial(self.improved_if_fits, choice) for choice in further),
+            *[lambda: self.improved(self.scaled(rng))] * num_starts,
+            *[lambda: self.kicked(best, rng)] * num_kicks,
+        ]
+        for attempt in tries:
+            found = attempt()
             if found is None or not found.score < best.score:
                 continue
             if self.problem.meets(self.knapsack.cells[found.choice]):

@@ -8,7 +8,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_scheme
 from mpq.nn.graph import build_graph
 from mpq.pins import parse_forbidden, resolve_forbidden
-from mpq.result import stated
+from mpq.stated import stated
 from solvers import solve
 from tests.builders import case
 from tests.test_solvers import drawn

@@ -266,7 +266,7 @@ def test_solving_a_stored_run_loads_no_torch(store: Store) -> None:
     code = f"""
 import sys
 from mpq.store.store import open_store
-from mpq.result import stated
+from mpq.stated import stated
 from solvers import solve
 with open_store({str(store.url.database)!r}) as store:
     solution = solve(stated(store.problem({result.run_id!r}), ["memory <= 20%"]))
@@ -325,3 +325,18 @@ def test_nothing_is_measured_twice(store: Store, monkeypatch: pytest.MonkeyPatch
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
     return {"parameters": float(sum(p.numel() for p in model.parameters()))}
+
+
+def test_what_if_answers_as_solving_does(store: Store) -> None:
+    result = search(store, refine=0)
+    what_if, near = result.what_if(), None
+    for share in (30, 50, 70):
+        moved = what_if.solve([f"memory <= {share}%"], near=near)
+        solved = result.solve([f"memory <= {share}%"], solver=moved.solver)
+        near = moved.allocation
+        assert moved.totals is not None
+        assert moved.totals["memory"] <= solved.budgets[0].limit
+        assert moved.score == pytest.approx(solved.score, rel=0.1)
+    pinned = what_if.solve(["memory <= 70%"], pin={"*": "int8"}, near=near)
+    assert pinned.allocation is not None
+    assert {str(scheme) for scheme in pinned.allocation.values()} == {"int8"}
