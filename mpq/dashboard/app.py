@@ -7,14 +7,15 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from mpq.dashboard import health, login, pages_runs, problems
+from mpq.dashboard import health, login, pages_run, pages_runs, problems
+from mpq.dashboard.loaded import LoadedRuns
 from mpq.dashboard.security import Guard
 from mpq.dashboard.settings import Settings
 from mpq.dashboard.site import Site
 from mpq.store.store import Store
 
 STATIC = Path(__file__).with_name("static")
-ROUTES = (health.routes, login.routes, pages_runs.routes)  # each makes a router of a Site
+ROUTES = (health.routes, login.routes, pages_runs.routes, pages_run.routes)  # routers of a Site
 
 
 def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
@@ -24,7 +25,7 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
     """
     from mpq import __version__
 
-    site = Site(store=store, settings=settings or Settings())
+    site = Site(store=store, settings=settings or Settings(), loaded=LoadedRuns(store))
     app = FastAPI(
         title="mpq",
         version=__version__,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpq.dashboard.loaded import LoadedRuns
 from mpq.dashboard.settings import Settings
 from mpq.store.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """An open database and what the operator decided."""
+    """An open database, what of it was read last, and what the operator decided."""
 
     store: Store
     settings: Settings
+    loaded: LoadedRuns
