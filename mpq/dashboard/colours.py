@@ -15,7 +15,12 @@ _FEW, _MANY = 1.0, 16.0  # bits at the ends of the scale
 
 def of_bits(scheme: Scheme) -> str:
     """Return the colour of a scheme by the bits of its weights, on a logarithmic scale."""
-    share = math.log2(min(max(scheme.weights.bits, _FEW), _MANY) / _FEW) / math.log2(_MANY / _FEW)
+    bits = min(max(scheme.weights.bits, _FEW), _MANY)
+    return at(math.log2(bits / _FEW) / math.log2(_MANY / _FEW))
+
+
+def at(share: float) -> str:
+    """Return the colour at a share of the way from blue to yellow."""
     place = share * (len(CIVIDIS) - 1)
     low = min(int(place), len(CIVIDIS) - 2)
     return _between(CIVIDIS[low], CIVIDIS[low + 1], place - low)

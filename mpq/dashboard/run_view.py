@@ -86,12 +86,16 @@ class Overview:
 
 def overview(run: LoadedRun, frontiers: Mapping[str, Frontier]) -> Overview:
     """Return the overview of a run; `frontiers` are the stored ones by cost."""
-    problem = run.problem
+    problem, schemes = run.problem, palette(run.problem)
     return Overview(
         knobs=_knobs(run),
         palette=tuple(
-            PaletteView(scheme=str(s), bits=s.weights.bits, colour=colours.of_bits(s))
-            for s in palette(problem)
+            PaletteView(
+                scheme=str(scheme),
+                bits=scheme.weights.bits,
+                colour=colours.at(place / max(len(schemes) - 1, 1)),  # each one of its own
+            )
+            for place, scheme in enumerate(schemes)
         ),
         units=units(run.graph, problem),
         frontiers={cost: _frontier_points(found) for cost, found in frontiers.items()},
