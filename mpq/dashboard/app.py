@@ -7,14 +7,35 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from mpq.dashboard import health, login, pages_runs, problems
+from mpq.dashboard import (
+    api_compare,
+    api_jobs,
+    api_logs,
+    api_results,
+    api_runs,
+    health,
+    login,
+    openapi,
+    pages_runs,
+    problems,
+)
 from mpq.dashboard.security import Guard
 from mpq.dashboard.settings import Settings
 from mpq.dashboard.site import Site
 from mpq.store.store import Store
 
 STATIC = Path(__file__).with_name("static")
-ROUTES = (health.routes, login.routes, pages_runs.routes)  # each makes a router of a Site
+ROUTES = (  # each makes a router of a Site
+    health.routes,
+    login.routes,
+    api_runs.routes,
+    api_jobs.routes,
+    api_logs.routes,
+    api_results.routes,
+    api_compare.routes,
+    openapi.routes,
+    pages_runs.routes,
+)
 
 
 def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
@@ -24,7 +45,7 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
     """
     from mpq import __version__
 
-    site = Site(store=store, settings=settings or Settings())
+    site = Site.of(store, settings or Settings())
     app = FastAPI(
         title="mpq",
         version=__version__,
@@ -37,5 +58,5 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
     for routes in ROUTES:
         app.include_router(routes(site))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, store=store, settings=site.settings)
+    app.add_middleware(Guard, site=site)
     return app
