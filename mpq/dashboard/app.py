@@ -7,8 +7,20 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from mpq.dashboard import health, login, pages_run, pages_run_views, pages_runs, problems
-from mpq.dashboard.loaded import LoadedRuns
+from mpq.dashboard import (
+    api_compare,
+    api_jobs,
+    api_logs,
+    api_results,
+    api_runs,
+    health,
+    login,
+    openapi,
+    pages_run,
+    pages_run_views,
+    pages_runs,
+    problems,
+)
 from mpq.dashboard.security import Guard
 from mpq.dashboard.settings import Settings
 from mpq.dashboard.site import Site
@@ -18,6 +30,12 @@ STATIC = Path(__file__).with_name("static")
 ROUTES = (  # each makes a router of a Site
     health.routes,
     login.routes,
+    api_runs.routes,
+    api_jobs.routes,
+    api_logs.routes,
+    api_results.routes,
+    api_compare.routes,
+    openapi.routes,
     pages_runs.routes,
     pages_run.routes,
     pages_run_views.routes,
@@ -31,7 +49,7 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
     """
     from mpq import __version__
 
-    site = Site(store=store, settings=settings or Settings(), loaded=LoadedRuns(store))
+    site = Site.of(store, settings or Settings())
     app = FastAPI(
         title="mpq",
         version=__version__,
@@ -44,5 +62,5 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
     for routes in ROUTES:
         app.include_router(routes(site))
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, store=store, settings=site.settings)
+    app.add_middleware(Guard, site=site)
     return app

@@ -32,13 +32,14 @@ def masked_text(text: str) -> str:
 
 def masked_job(spec: JobSpec) -> dict[str, Any]:
     """Return the keys of a job in which no password or token can be read."""
-    found: dict[str, Any] = _masked(dataclasses.asdict(spec))
+    found: dict[str, Any] = masked(dataclasses.asdict(spec))
     return found
 
 
-def _masked(value: Any) -> Any:
+def masked(value: Any) -> Any:
+    """Return plain data in whose texts no password or token can be read."""
     if isinstance(value, str):
         return masked_text(value)
     if isinstance(value, dict):
-        return {key: _masked(item) for key, item in value.items()}
-    return [_masked(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: masked(item) for key, item in value.items()}
+    return [masked(item) for item in value] if isinstance(value, list | tuple) else value

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.frontier import Frontier
-from mpq.core.problem import Allocation, Solution
+from mpq.core.problem import Solution
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.plain import finite_json
 from mpq.dashboard.run_view import overview
-from mpq.dashboard.site import Site
+from mpq.dashboard.site import Site, asker
 from mpq.dashboard.templating import page
 from mpq.dashboard.views import run_detail
-from mpq.dashboard.what_if import Asked, WhatIfView, answer, proven_answer, what_if_view
+from mpq.dashboard.what_if import Asked, answer, proven_answer, what_if_view
 from mpq.store.store import Store
 
 TABS = (
@@ -67,28 +67,36 @@ def routes(site: Site) -> APIRouter:
     @router.get("/runs/{run_id}/what-if")
     def what_if(
         run_id: str,
+        who: Annotated[str, Depends(asker)],
         budget: Texts = None,
         pin: Names = None,
         risk: Risk = None,
         proof: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Any:
         """Answer a slider that moves, and with `proof` one that rests."""
+        (site.solves if proof else site.moves).take(who)
         run = site.loaded.get(run_id)
         asked = Asked(budgets=tuple(budget or ()), pins=tuple(pin or ()), risk=risk)
-        if proof:
-            return finite_json(what_if_view(run, asked, proven_answer(run, asked)))  # type: ignore[no-any-return]
-        return finite_json(_answered(run, asked))  # type: ignore[no-any-return]
+        solved = proven_answer if proof else _near_stored
+        solution = site.solving.run(lambda: solved(run, asked))
+        return finite_json(what_if_view(run, asked, solution))
 
     @router.get("/runs/{run_id}/prices")
     def prices(
-        run_id: str, budget: Texts = None, pin: Names = None, risk: Risk = None
+        run_id: str,
+        who: Annotated[str, Depends(asker)],
+        budget: Texts = None,
+        pin: Names = None,
+        risk: Risk = None,
     ) -> HTMLResponse:
         """Tell what the budgets are worth, as a part of the overview."""
+        site.solves.take(who)
         run = site.loaded.get(run_id)
         asked = Asked(budgets=tuple(budget or ()), pins=tuple(pin or ()), risk=risk)
         is_stored = budget is None and pin is None and risk is None
-        solution = run.chosen if is_stored and run.chosen else answer(run, asked)
-        return page("prices.html", lines=price_lines(run, solution))
+        stored = run.chosen if is_stored else None
+        lines = site.solving.run(lambda: price_lines(run, stored or answer(run, asked)))
+        return page("prices.html", lines=lines)
 
     return router
 
@@ -102,9 +110,8 @@ def price_lines(run: LoadedRun, solution: Solution) -> list[str]:
     return list(shadow_prices(run.problem, solution).told())
 
 
-def _answered(run: LoadedRun, asked: Asked) -> WhatIfView:
-    near: Allocation | None = run.chosen.allocation if run.chosen is not None else None
-    return what_if_view(run, asked, answer(run, asked, near))
+def _near_stored(run: LoadedRun, asked: Asked) -> Solution:
+    return answer(run, asked, run.chosen.allocation if run.chosen is not None else None)
 
 
 def loaded_or_none(site: Site, run_id: str) -> LoadedRun | None:

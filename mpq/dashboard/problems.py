@@ -18,6 +18,7 @@ from mpq.dashboard.masking import masked_text
 MEDIA_TYPE = "application/problem+json"
 _LOG = logging.getLogger("mpq.dashboard")
 _RETRY_S = "5"
+_LONGEST = 2000  # of what somebody sent, told back
 _STATUS = {
     "unknown_run": 404,
     "not_stored": 404,
@@ -54,7 +55,7 @@ def problem(
         "type": f"/errors/{code}",
         "title": http.HTTPStatus(status).phrase,
         "status": status,
-        "detail": masked_text(detail),
+        "detail": masked_text(detail)[:_LONGEST],
         **more,
     }
     # ASCII: what somebody sent may hold half a character, which no encoding has.
@@ -96,6 +97,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def _of_http(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 304:
+            return Response(status_code=304)
         code = {404: "not_found", 405: "method"}.get(error.status_code, "request")
         return problem(error.status_code, code, str(error.detail), error.headers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import MutableMapping
 from http.cookies import CookieError, SimpleCookie
@@ -16,15 +17,16 @@ from starlette.types import Scope as Asgi
 from mpq.core.access import Scope
 from mpq.core.errors import MpqError
 from mpq.dashboard.problems import ProblemError, failure, problem_of
-from mpq.dashboard.settings import Settings
+from mpq.dashboard.site import Site
 from mpq.store.records import TokenRecord
-from mpq.store.store import Store
 
 COOKIE = "mpq_token"
 LOGIN = "/login"
 PUBLIC = frozenset({"/healthz", LOGIN, "/login.css"})
 API = "/api/"
+_CHANGES_NOTHING = re.compile(r"/api/v1/(?:runs/[^/]+/solve|jobs/check)|/login|/logout")
 _READING = ("GET", "HEAD", "OPTIONS")
+_METHODS = (*_READING, "POST", "PUT", "PATCH", "DELETE")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
 _LOOK_S = 5.0  # between two looks whether a first token was made
 HEADERS = {
@@ -51,9 +53,10 @@ class Guard:
     `scope["state"]["asker"]` a text to count requests by.
     """
 
-    def __init__(self, app: ASGIApp, *, store: Store, settings: Settings) -> None:
-        self._app, self._store, self._settings = app, store, settings
-        self._needs_token, self._looked = settings.require_token, 0.0
+    def __init__(self, app: ASGIApp, *, site: Site) -> None:
+        self._app, self._store, self._settings = app, site.store, site.settings
+        self._metrics = site.metrics
+        self._needs_token, self._looked = site.settings.require_token, -_LOOK_S
 
     async def __call__(self, scope: Asgi, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -63,13 +66,15 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        is_sent = False
+        is_sent, started = False, time.perf_counter()
 
         async def sending(message: Message) -> None:
             nonlocal is_sent
             if message["type"] == "http.response.start":
                 is_sent = True
                 _complete(message, scope)
+                seconds = time.perf_counter() - started
+                self._metrics.answered(_route(scope), message["status"], seconds)
             await send(message)
 
         try:
@@ -90,6 +95,7 @@ class Guard:
         token, by_cookie = await self._token(scope, headers)
         client = scope.get("client") or ("",)
         state["token"], state["asker"] = token, token.id if token else client[0]
+        _check_scope(token, scope["method"], scope["path"])
         if scope["method"] in _READING:
             return receive
         _check_origin(scope["path"], headers, by_cookie=by_cookie)
@@ -148,14 +154,14 @@ class Guard:
         return problem_of(error)
 
 
-def require(scope: Asgi, wanted: Scope) -> None:
-    """Raise ProblemError (403) unless the token of a request, if it has one, allows as much."""
-    token: TokenRecord | None = scope["state"]["token"]
+def _check_scope(token: TokenRecord | None, method: str, path: str) -> None:
+    """Raise ProblemError (403) unless a token allows what a request does."""
+    wanted = Scope.ADMIN if method == "DELETE" else Scope.SUBMIT
+    if method in _READING or _CHANGES_NOTHING.fullmatch(path):
+        wanted = Scope.READ
     if token is not None and not token.scope.allows(wanted):
         raise ProblemError(
-            403,
-            "scope",
-            f"this needs a token of scope {wanted}, {token.name!r} has {token.scope}",
+            403, "scope", f"this needs a token of scope {wanted}, {token.name!r} has {token.scope}"
         )
 
 
@@ -216,6 +222,13 @@ def _cookie(headers: Headers) -> str:
     except CookieError:
         return ""
     return found.value if found else ""
+
+
+def _route(scope: Asgi) -> str:
+    """Return the template of a request's route: few, whatever is asked for."""
+    path = getattr(scope.get("route"), "path", None) or "other"
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    return f"{method} {path}"
 
 
 def _complete(message: Message, scope: Asgi) -> None:

@@ -31,6 +31,7 @@ class Settings:
     body_bytes: int = 2_000_000
     submits: Rate = Rate(500, 10.0)
     solves: Rate = Rate(60, 2.0)
+    moves: Rate = Rate(300, 40.0)  # quick answers to a budget that someone drags
     solves_at_once: int = 2
     solve_seconds: float = 20.0
     solve_cells: int = 2_000_000

@@ -20,7 +20,8 @@ class RunView:
     """One run as a list tells it; numbers are None where the run did not get that far.
 
     `totals` are those of the chosen allocation, in bytes, s, ...; `predicted` is its predicted
-    loss, `divergence` what was measured on held-out batches.
+    loss, `divergence` what was measured on held-out batches. `job` has every key of the job,
+    secrets masked.
     """
 
     id: str
@@ -42,6 +43,8 @@ class RunView:
     divergence: float | None
     totals: Mapping[str, float | None]
     metrics: Mapping[str, float | None]
+    has_graph: bool
+    job: Mapping[str, Any]
 
     @property
     def has_ended(self) -> bool:
@@ -84,13 +87,11 @@ class DriverView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDetail:
-    """One run with its job, who drives it and how far it is."""
+    """One run, who drives it and how far it is."""
 
     run: RunView
-    job: Mapping[str, Any]
     driving: DriverView
     stages: tuple[StageView, ...]
-    has_graph: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,8 @@ def run_view(row: RunSummary) -> RunView:
         divergence=finite(row.divergence),
         totals=finite_values(row.totals),
         metrics=finite_values(row.metrics),
+        has_graph=run.has_graph,
+        job=masked_job(run.spec),
     )
 
 
@@ -152,10 +155,8 @@ def run_detail(store: Store, run_id: str) -> RunDetail:
     job, stages = store.job(run_id), store.progress(run_id)
     return RunDetail(
         run=run_view(summary),
-        job=masked_job(summary.run.spec),
         driving=driver_view(job),
         stages=tuple(map(stage_view, stages)),
-        has_graph=summary.run.has_graph,
     )
 
 

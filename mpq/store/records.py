@@ -110,3 +110,18 @@ class TokenRecord:
     used_at: datetime | None
     revoked_at: datetime | None
     is_valid: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCounts:
+    """What an operator watches.
+
+    `queued` runs wait for any driver, the oldest since `oldest_queued_s`; `driven` ones have one.
+    """
+
+    runs: Mapping[RunState, int]
+    queued: int
+    driven: int
+    oldest_queued_s: float
+    partials: int
+    partial_seconds: float

@@ -22,6 +22,7 @@ from mpq.core.problem import Problem, Solution
 from mpq.core.protocols import Partial
 from mpq.core.tables import CostTable, Responses, SensitivityTable
 from mpq.store import (
+    counts,
     evaluations,
     events,
     frontiers,
@@ -42,7 +43,7 @@ from mpq.store.failures import one_line_errors
 from mpq.store.leases import Leases
 from mpq.store.patience import PATIENCE_S, Patience, patient
 from mpq.store.query import RunQuery
-from mpq.store.records import EventRecord, RunPage, RunRecord, RunSummary, StageRecord
+from mpq.store.records import EventRecord, RunPage, RunRecord, RunSummary, StageRecord, StoreCounts
 from mpq.store.schema import prepare
 
 
@@ -283,6 +284,11 @@ class Store(Leases, Access):
         with self._read() as session:
             return latencies.get(session, device)
 
+    def kernel_devices(self) -> list[str]:
+        """Return the devices that kernels were timed on."""
+        with self._read() as session:
+            return latencies.devices(session)
+
     def put_kernel_latency(self, latency: KernelLatency) -> None:
         """Keep the time of a kernel."""
         with self._write() as session:
@@ -334,6 +340,11 @@ class Store(Leases, Access):
         logged = self.events(run_id)
         return [Deployment.from_text(event.message) for event in logged if event.kind == DEPLOYED]
 
+    def counts(self) -> StoreCounts:
+        """Return what an operator watches: runs by state, the queue, scores that are kept."""
+        with self._read() as session:
+            return counts.counts(session)
+
     def log(self, run_id: str, kind: str, message: str) -> None:
         """Add a line to the log of a run."""
         with self._write(run_id) as session:
@@ -344,7 +355,7 @@ class Store(Leases, Access):
         logged = self.events(run_id)
         return [f"{event.kind}: {event.message}" for event in logged if event.kind != DEPLOYED]
 
-    def events(self, run_id: str, after: int = 0) -> list[EventRecord]:
+    def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[EventRecord]:
         """Return the log, oldest first; `after` is the number of the last line already seen."""
         with self._read(run_id) as session:
-            return events.get(session, run_id, after)
+            return events.get(session, run_id, after, limit)
