@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 
-from mpq.core.problem import Allocation, Problem, Solution
-from mpq.core.tables import Cells, Floats, Indices
+from mpq.core.formats import parse_scheme
+from mpq.core.problem import Allocation, Budget, Problem, Solution
+from mpq.core.tables import Cells, CostTable, Floats, Indices, Responses, SensitivityTable
 from solvers.check import finish
 from solvers.infeasible import explain
 from solvers.knapsack import Knapsack
@@ -110,3 +111,24 @@ def _still_there(near: Allocation, cells: Cells, additive: Indices) -> Indices:
         if scheme in schemes:
             choice[number] = cells.offsets[number] + schemes.index(scheme)
     return choice
+
+
+def warm() -> None:
+    """Load, or compile, what answers a first question, so that nobody waits for it."""
+    schemes = tuple(map(parse_scheme, ("int2", "int3", "int4", "int5", "int6", "int8", "fp16")))
+    cells = Cells(units=tuple(f"unit {n}" for n in range(100)), schemes=(schemes,) * 100)
+    rng = np.random.default_rng(_SEED)
+    vectors = rng.normal(size=(len(cells), 4, 2)).astype(np.float32)
+    responses = Responses(cells=cells, vectors=vectors)
+    values, stderr = responses.own_scores()
+    costs = {
+        name: CostTable.exact(name, unit, cells, rng.random(len(cells)))
+        for name, unit in (("memory", "bytes"), ("latency", "s"))
+    }
+    problem = Problem(
+        sensitivity=SensitivityTable(metric="made", cells=cells, values=values, stderr=stderr),
+        costs=costs,
+        budgets=(Budget("memory", 40.0), Budget("latency", 40.0)),
+        responses=responses,
+    )
+    WhatIf(problem).solve(problem)

@@ -17,6 +17,7 @@ from mpq.dashboard.app import create_app
 from mpq.dashboard.settings import Settings, is_loopback
 from mpq.service import drive_queue
 from mpq.store.store import Store, open_store
+from solvers.what_if import warm
 
 _LOG = logging.getLogger("mpq.dashboard")
 _PATIENCE_S = 2.0  # a request answers 503 sooner than a run would give its database up
@@ -49,6 +50,7 @@ def serve(
         )
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"http://{shown}:{listening.getsockname()[1]}", err=True)
+        threading.Thread(target=warm, name="warm", daemon=True).start()
         with _driving(storage, drivers), listening:
             uvicorn.Server(config).run(sockets=[listening])
 
