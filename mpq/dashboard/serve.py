@@ -17,7 +17,6 @@ from mpq.dashboard.app import create_app
 from mpq.dashboard.settings import Settings, is_loopback
 from mpq.service import drive_queue
 from mpq.store.store import Store, open_store
-from solvers.what_if import warm
 
 _LOG = logging.getLogger("mpq.dashboard")
 _PATIENCE_S = 2.0  # a request answers 503 sooner than a run would give its database up
@@ -50,9 +49,15 @@ def serve(
         )
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"http://{shown}:{listening.getsockname()[1]}", err=True)
-        threading.Thread(target=warm, name="warm", daemon=True).start()
+        threading.Thread(target=_warm, name="warm", daemon=True).start()
         with _driving(storage, drivers), listening:
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _warm() -> None:
+    from solvers.what_if import warm  # compiles, which the start does not wait for
+
+    warm()
 
 
 def _check_reach(store: Store, host: str) -> None:

@@ -76,6 +76,7 @@ addEventListener("DOMContentLoaded", () => {
 
   function drawBits() {
     const moved = new Set(now.moved), counts = new Map();
+    if (!now.choice.length) for (const [bar] of bars) bar.setAttribute("height", 0);
     now.choice.forEach((place, number) => {
       const entry = view.palette[place], [bar, title] = bars[number], high = height(entry);
       bar.setAttribute("y", TOP - high); bar.setAttribute("height", high); bar.setAttribute("fill", entry.colour);
@@ -93,7 +94,7 @@ addEventListener("DOMContentLoaded", () => {
     const parts = [...counts].sort((a, b) => b[1] - a[1]).map(([p, n]) => `${n} at ${view.palette[p].scheme}`);
     byId("bits-text").textContent = now.choice.length
       ? `${view.units.length} units: ${parts.join(", ")}. ${moved.size} differ from the stored choice (marked below the bar), ${pins.size} pinned.`
-      : "No allocation to draw.";
+      : "No allocation fits, so there is nothing to draw.";
   }
 
   function pointsAt(points, cost, key) {
@@ -158,7 +159,7 @@ addEventListener("DOMContentLoaded", () => {
       const cost = now.costs.find((c) => c.name === knob.cost);
       knob.total.textContent = cost ? cost.text + (cost.quantile_text ? ` (${cost.quantile_text} at that probability)` : "") : "–";
     }
-    if (now.choice.length) drawBits();
+    drawBits();
     moveHere();
     showUnit();
   }
@@ -188,7 +189,7 @@ addEventListener("DOMContentLoaded", () => {
   }
 
   // --- asking: the newest question wins, one at a time ---------------------------------------
-  let isAsking = false, isWaiting = null;
+  let isAsking = false, isWaiting = null, settled = 0;
   async function ask(isFinal) {
     if (isAsking) { isWaiting = isWaiting || isFinal; isWaiting = isWaiting ?? false; return; }
     isAsking = true;
@@ -202,7 +203,7 @@ addEventListener("DOMContentLoaded", () => {
     document.documentElement.dataset.drag = String(Math.round(performance.now() - began));
     if (isFinal) {
       history.replaceState(null, "", asked.size ? `${base}?${asked}` : base);
-      document.dispatchEvent(new CustomEvent("mpq-settled"));
+      document.documentElement.dataset.settled = String(++settled);
       if (window.htmx && byId("prices")) htmx.ajax("GET", `${base}/prices?${asked}`, { target: "#prices", swap: "innerHTML" });
     }
     isAsking = false;
