@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import HTMLResponse
 
 from mpq.core.errors import InvalidInputError
@@ -67,6 +68,7 @@ def routes(site: Site) -> APIRouter:
     @router.get("/runs/{run_id}/what-if")
     def what_if(
         run_id: str,
+        response: Response,
         who: Annotated[str, Depends(asker)],
         budget: Texts = None,
         pin: Names = None,
@@ -74,12 +76,15 @@ def routes(site: Site) -> APIRouter:
         proof: bool = False,
     ) -> Any:
         """Answer a slider that moves, and with `proof` one that rests."""
+        began = time.perf_counter()
         (site.solves if proof else site.moves).take(who)
         run = site.loaded.get(run_id)
         asked = Asked(budgets=tuple(budget or ()), pins=tuple(pin or ()), risk=risk)
         solved = proven_answer if proof else _near_stored
         solution = site.solving.run(lambda: solved(run, asked))
-        return finite_json(what_if_view(run, asked, solution))
+        view = finite_json(what_if_view(run, asked, solution))
+        response.headers["Server-Timing"] = f"answer;dur={1e3 * (time.perf_counter() - began):.1f}"
+        return view
 
     @router.get("/runs/{run_id}/prices")
     def prices(

@@ -195,12 +195,13 @@ addEventListener("DOMContentLoaded", () => {
     isAsking = true;
     const asked = conditions();
     const began = performance.now();
+    let isAnswered = false;
     try {
       const answer = await fetch(`${base}/what-if?${asked}${isFinal ? "&proof=true" : ""}`);
       const body = await answer.json();
-      if (answer.ok) { now = body; drawAnswer(); } else byId("said").textContent = body.detail || body.title || "The server did not answer.";
+      if (answer.ok) { now = body; drawAnswer(); isAnswered = true; } else byId("said").textContent = body.detail || body.title || "The server did not answer.";
     } catch { byId("said").textContent = "The server does not answer: is it still running?"; }
-    document.documentElement.dataset.drag = String(Math.round(performance.now() - began));
+    document.documentElement.dataset.drag = isAnswered ? String(Math.round(performance.now() - began)) : "failed";
     if (isFinal) {
       history.replaceState(null, "", asked.size ? `${base}?${asked}` : base);
       document.documentElement.dataset.settled = String(++settled);
