@@ -9,7 +9,6 @@ from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import HTMLResponse
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.frontier import Frontier
 from mpq.core.problem import Solution
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.plain import finite_json
@@ -18,7 +17,6 @@ from mpq.dashboard.site import Site, asker
 from mpq.dashboard.templating import page
 from mpq.dashboard.views import run_detail
 from mpq.dashboard.what_if import Asked, answer, proven_answer, what_if_view
-from mpq.store.store import Store
 
 TABS = (
     ("", "Overview"),
@@ -59,7 +57,7 @@ def routes(site: Site) -> APIRouter:
             "run.html",
             **context,
             run=run,
-            view=overview(run, stored_frontiers(site.store, run)),
+            view=overview(run, site.store.frontier_totals(run.id)),
             now=what_if_view(run, asked, solution),
             asked=asked,
             is_stored=is_stored,
@@ -127,9 +125,3 @@ def loaded_or_none(site: Site, run_id: str) -> LoadedRun | None:
         if error.code.startswith("unknown_run"):
             raise
         return None
-
-
-def stored_frontiers(store: Store, run: LoadedRun) -> dict[str, Frontier]:
-    """Return the frontiers that were kept with a run."""
-    found = {cost: store.frontier(run.id, cost) for cost in run.problem.costs}
-    return {cost: frontier for cost, frontier in found.items() if frontier is not None}

@@ -10,7 +10,6 @@ import numpy as np
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, DIVERGENCE_NAMES, UNIFORM, Evaluation, without_trials
-from mpq.core.frontier import Frontier
 from mpq.core.layers import LayerGraph, Unit
 from mpq.core.problem import Problem
 from mpq.core.provenance import cost_label
@@ -20,6 +19,7 @@ from mpq.dashboard import colours
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.what_if import palette
 
+Totals = Sequence[tuple[Mapping[str, float], float]]
 _FIRST = ("memory", "latency")  # costs that are shown first
 
 
@@ -84,8 +84,8 @@ class Overview:
     metric: str
 
 
-def overview(run: LoadedRun, frontiers: Mapping[str, Frontier]) -> Overview:
-    """Return the overview of a run; `frontiers` are the stored ones by cost."""
+def overview(run: LoadedRun, frontiers: Mapping[str, Totals]) -> Overview:
+    """Return the overview of a run; `frontiers` are the points of the stored ones by cost."""
     problem, schemes = run.problem, palette(run.problem)
     return Overview(
         knobs=_knobs(run),
@@ -138,6 +138,10 @@ def units(graph: LayerGraph, problem: Problem) -> tuple[UnitView, ...]:
     whole, named = max(graph.searched_weights, 1), {unit.name: unit for unit in graph.units}
     layers = graph.by_name
 
+    def weights(unit: Unit) -> int:
+        stored = {layers[name].weight_id: layers[name].num_weights for name in unit.layers}
+        return sum(stored.values())
+
     def shape(unit: Unit) -> str:
         return ", ".join(
             dict.fromkeys("×".join(map(str, layers[n].weight_shape)) for n in unit.layers)
@@ -149,18 +153,17 @@ def units(graph: LayerGraph, problem: Problem) -> tuple[UnitView, ...]:
             layers=named[name].layers,
             reason=named[name].reason,
             shape=shape(named[name]),
-            share=sum(layer.num_weights for layer in graph.stored_layers(named[name])) / whole,
+            share=weights(named[name]) / whole,
             schemes=tuple(map(str, schemes)),
         )
         for name, schemes in zip(problem.cells.units, problem.cells.schemes, strict=True)
     )
 
 
-def _frontier_points(found: Frontier) -> tuple[Point, ...]:
+def _frontier_points(found: Totals) -> tuple[Point, ...]:
     return tuple(
-        Point(name=f"point {number}", totals=solution.totals, predicted=solution.score)
-        for number, solution in enumerate(found.solutions)
-        if solution.totals is not None
+        Point(name=f"point {number}", totals=totals, predicted=score)
+        for number, (totals, score) in enumerate(found)
     )
 
 

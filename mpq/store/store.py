@@ -315,6 +315,11 @@ class Store(Leases, Access):
             found = frontiers.get(session, run_id, (cost,), tables.cells(session, run_id))
         return found if isinstance(found, Frontier) else None
 
+    def frontier_totals(self, run_id: str) -> dict[str, list[tuple[dict[str, float], float]]]:
+        """Return the totals and score of each point of the stored frontiers, by cost."""
+        with self._read(run_id) as session:
+            return frontiers.totals(session, run_id)
+
     def surface(self, run_id: str, costs: tuple[str, str]) -> Surface | None:
         """Return the trade-off of two costs that was kept, if any."""
         with self._read(run_id) as session:
