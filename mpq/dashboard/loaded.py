@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpq.core.budgets import BudgetText
 from mpq.core.evaluation import CHOSEN, Evaluation
+from mpq.core.formats import Scheme
 from mpq.core.jobs import ENDED, JobSpec
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Problem, Solution
 from mpq.core.risk import risk_of
+from mpq.core.tables import Indices
 from mpq.store.store import Store
+from solvers.check import score_of
 
 if TYPE_CHECKING:
     from mpq.what_if import RunWhatIf
@@ -31,11 +36,36 @@ class LoadedRun:
     risk: float | None
     solutions: dict[str, Solution]
     evaluations: tuple[Evaluation, ...]
+    _scores: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def chosen(self) -> Solution | None:
         """The chosen solution, None where the run did not get that far."""
         return self.solutions.get(CHOSEN)
+
+    @cached_property
+    def palette(self) -> tuple[Scheme, ...]:
+        """All schemes, by the bits of their weights, then of activations."""
+        found = dict.fromkeys(s for schemes in self.problem.cells.kinds for s in schemes)
+        return tuple(sorted(found, key=lambda s: (s.weights.bits, s.activations.bits, str(s))))
+
+    @cached_property
+    def places(self) -> Indices:
+        """The place in the palette of the scheme of each cell."""
+        place = {scheme: number for number, scheme in enumerate(self.palette)}
+        cells = self.problem.cells
+        of_kind = {id(kind): [place[scheme] for scheme in kind] for kind in cells.kinds}
+        return np.array([n for schemes in cells.schemes for n in of_kind[id(schemes)]], np.int64)
+
+    def stored_score(self, solver: str) -> float:
+        """Return the score of the chosen allocation in the terms of a solver."""
+        solver = "pairs" if solver == "pairs" and self.problem.responses is not None else "auto"
+        if solver not in self._scores:
+            assert self.chosen is not None
+            assert self.chosen.allocation is not None
+            choice = self.chosen.allocation.choice(self.problem.cells)
+            self._scores[solver] = score_of(solver)(self.problem, choice)
+        return self._scores[solver]
 
     @cached_property
     def what_if(self) -> RunWhatIf:

@@ -17,7 +17,6 @@ from mpq.core.quantities import quantity
 from mpq.core.tables import CostTable
 from mpq.dashboard import colours
 from mpq.dashboard.loaded import LoadedRun
-from mpq.dashboard.what_if import palette
 
 Totals = Sequence[tuple[Mapping[str, float], float]]
 _FIRST = ("memory", "latency")  # costs that are shown first
@@ -86,7 +85,7 @@ class Overview:
 
 def overview(run: LoadedRun, frontiers: Mapping[str, Totals]) -> Overview:
     """Return the overview of a run; `frontiers` are the points of the stored ones by cost."""
-    problem, schemes = run.problem, palette(run.problem)
+    problem, schemes = run.problem, run.palette
     return Overview(
         knobs=_knobs(run),
         palette=tuple(
@@ -142,6 +141,8 @@ def units(graph: LayerGraph, problem: Problem) -> tuple[UnitView, ...]:
         stored = {layers[name].weight_id: layers[name].num_weights for name in unit.layers}
         return sum(stored.values())
 
+    texts = {id(kind): tuple(map(str, kind)) for kind in problem.cells.kinds}
+
     def shape(unit: Unit) -> str:
         return ", ".join(
             dict.fromkeys("×".join(map(str, layers[n].weight_shape)) for n in unit.layers)
@@ -154,7 +155,7 @@ def units(graph: LayerGraph, problem: Problem) -> tuple[UnitView, ...]:
             reason=named[name].reason,
             shape=shape(named[name]),
             share=weights(named[name]) / whole,
-            schemes=tuple(map(str, schemes)),
+            schemes=texts[id(schemes)],
         )
         for name, schemes in zip(problem.cells.units, problem.cells.schemes, strict=True)
     )

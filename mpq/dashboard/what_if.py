@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from mpq.core.formats import Scheme
+import numpy as np
+
 from mpq.core.problem import Allocation, Problem, Solution, Status
 from mpq.core.quantities import quantity
 from mpq.core.risk import risk_of
@@ -14,7 +15,6 @@ from mpq.dashboard.views import finite
 from mpq.pins import parse_pins, resolve_pins
 from mpq.stated import stated
 from solvers import solve
-from solvers.check import score_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +60,6 @@ class WhatIfView:
     pins: Mapping[str, str] = field(default_factory=dict)
 
 
-def palette(problem: Problem) -> tuple[Scheme, ...]:
-    """Return all schemes of a problem, by the bits of their weights, then of activations."""
-    found = dict.fromkeys(scheme for schemes in problem.cells.schemes for scheme in schemes)
-    return tuple(sorted(found, key=lambda s: (s.weights.bits, s.activations.bits, str(s))))
-
-
 def answer(run: LoadedRun, asked: Asked, near: Allocation | None = None) -> Solution:
     """Solve in milliseconds, without a bound where pairs are counted."""
     pins = parse_pins(asked.pins)
@@ -89,7 +83,7 @@ def what_if_view(run: LoadedRun, asked: Asked, solution: Solution) -> WhatIfView
         solver=solution.solver,
         is_proven=solution.status in (Status.OPTIMAL, Status.INFEASIBLE),
         score=finite(solution.score),
-        stored_score=None if stored is None else finite(_score(run, solution.solver, stored)),
+        stored_score=None if stored is None else finite(run.stored_score(solution.solver)),
         gap=gap,
         seconds=solution.seconds,
         said=_said(solution, gap),
@@ -98,25 +92,14 @@ def what_if_view(run: LoadedRun, asked: Asked, solution: Solution) -> WhatIfView
     allocation = solution.allocation
     if allocation is None:
         return view
-    places = {scheme: place for place, scheme in enumerate(palette(run.problem))}
-    units = run.problem.cells.units
-    moved = () if stored is None else _moved(units, allocation, stored)
-    return WhatIfView(
-        **{name: getattr(view, name) for name in _HEAD},
+    choice = allocation.choice(run.problem.cells)
+    moved = () if stored is None else np.flatnonzero(choice != stored.choice(run.problem.cells))
+    return replace(
+        view,
         costs=costs_now(run.problem, solution),
-        choice=tuple(places[allocation[unit]] for unit in units),
-        moved=moved,
+        choice=tuple(run.places[choice].tolist()),
+        moved=tuple(int(number) for number in moved),
     )
-
-
-_HEAD = ("status", "solver", "is_proven", "score", "stored_score", "gap", "seconds", "said", "pins")
-
-
-def _score(run: LoadedRun, solver: str, allocation: Allocation) -> float:
-    """Return the score of an allocation in the terms of an answer, pairs counted or not."""
-    if solver == "pairs" and run.problem.responses is None:
-        solver = "auto"
-    return score_of(solver)(run.problem, allocation.choice(run.problem.cells))
 
 
 def costs_now(problem: Problem, solution: Solution) -> tuple[CostNow, ...]:
@@ -138,10 +121,6 @@ def costs_now(problem: Problem, solution: Solution) -> tuple[CostNow, ...]:
         )
         for name, table in problem.costs.items()
     )
-
-
-def _moved(units: Sequence[str], now: Allocation, stored: Allocation) -> tuple[int, ...]:
-    return tuple(n for n, unit in enumerate(units) if now[unit] != stored.get(unit))
 
 
 def _said(solution: Solution, gap: float | None) -> str:
