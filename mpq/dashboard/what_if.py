@@ -78,12 +78,14 @@ def what_if_view(run: LoadedRun, asked: Asked, solution: Solution) -> WhatIfView
     """Return an answer for people, beside the stored choice."""
     gap = finite(solution.gap)
     stored = run.chosen.allocation if run.chosen is not None else None
+    alike = None if stored is None else finite(run.stored_score(solution.solver))
     view = WhatIfView(
         status=solution.status,
         solver=solution.solver,
         is_proven=solution.status in (Status.OPTIMAL, Status.INFEASIBLE),
-        score=finite(solution.score),
-        stored_score=None if stored is None else finite(run.stored_score(solution.solver)),
+        # Refined around another network, the stored score is not in the same terms.
+        score=alike if solution is run.chosen else finite(solution.score),
+        stored_score=alike,
         gap=gap,
         seconds=solution.seconds,
         said=_said(solution, gap),
