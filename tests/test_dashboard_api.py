@@ -128,6 +128,7 @@ def test_a_submission_is_one_run_however_often_it_comes(store: Store) -> None:
     assert store.take_next("host:1", 60) == first.json()["id"]  # it is queued
 
 
+@pytest.mark.slow
 def test_fifty_submit_at_once_and_twice(store: Store) -> None:
     """Two hundred keys, each sent twice by fifty who do so at the same time: two hundred runs."""
     app = create_app(store, Settings(allow_modules=("tests.slow_net",)))

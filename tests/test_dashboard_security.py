@@ -544,6 +544,7 @@ def test_many_filters_are_refused(store: Store) -> None:
     assert asked.get("/api/v1/runs", params={"no_such": "x"}).status_code == 422
 
 
+@pytest.mark.slow
 def test_a_thousand_submissions_in_ten_seconds_are_too_many(store: Store) -> None:
     asked = asking(store)
     started, found = time.monotonic(), []
@@ -642,6 +643,7 @@ def test_a_failure_tells_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) 
 # The process
 
 
+@pytest.mark.slow
 def test_other_machines_are_served_with_a_token_only(tmp_path: Path) -> None:
     storage = str(tmp_path / "runs.db")
     words = command(["serve", "--storage", storage, "--host", "0.0.0.0", "--port", "0"])
