@@ -43,7 +43,7 @@ def routes(site: Site) -> APIRouter:
         "/runs/{run}/events",
         response_class=StreamingResponse,
         responses={
-            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            200: {"content": {"text/event-stream": {}}},
             204: {"description": "The run has ended and there is nothing after this number"},
         },
     )
