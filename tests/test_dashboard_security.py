@@ -30,7 +30,7 @@ from mpq.store.store import Store, open_store
 from tests.dashboards import JOB, OPEN, asking, command, secret, serving
 
 CLOSED = Settings(require_token=True, allow_modules=("tests.slow_net",))
-WITHOUT_TOKEN = {"/healthz", "/login", "/login.css"}
+WITHOUT_TOKEN = {"/healthz", "/login"}
 PROBLEM = "application/problem+json"
 
 
@@ -191,6 +191,15 @@ def test_a_page_of_another_site_changes_nothing(store: Store, headers: dict[str,
     assert [run.state for run in store.runs()] == ["PENDING"]
 
 
+def test_a_page_of_another_site_asks_the_api_nothing(store: Store) -> None:
+    asked = asking(store)
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200)):
+        for path in ("/api/v1/runs", "/api/v1/openapi.json"):
+            assert asked.get(path, headers={"Sec-Fetch-Site": site}).status_code == status
+    followed = asked.get("/", headers={"Sec-Fetch-Site": "cross-site"})
+    assert followed.status_code == 200  # a link to a page
+
+
 def test_a_cookie_is_for_our_own_pages(store: Store) -> None:
     text = secret(store, "admin")
     asked = asking(store, CLOSED)
@@ -227,7 +236,11 @@ def test_every_answer_has_the_headers(store: Store) -> None:
         assert {name: found.headers[name] for name in HEADERS} == HEADERS, path
     refused = asked.get("/", headers={"Host": "evil.example"})
     assert {name: refused.headers[name] for name in HEADERS} == HEADERS
-    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    policy = dict(
+        part.strip().split(" ", 1) for part in HEADERS["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'self'"  # hence of scripts
+    assert not any(name.startswith("script-src") for name in policy)
 
 
 def test_a_websocket_is_refused(store: Store) -> None:
