@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,7 @@ from mpq.jobfile import job_schema
 from mpq.run_tables import TABLES, run_table, runs_table
 from mpq.store.store import Store, open_store
 from tests.dashboards import JOB, asking
+from tests.postgres import Server
 from tests.test_compare import SPEC
 
 
@@ -474,3 +476,23 @@ def test_an_error_of_a_run_is_told(store: Store) -> None:
         "worker_lost",
         "gone",
     )
+
+
+@pytest.mark.slow
+def test_a_server_of_postgresql_that_goes_away_and_comes_back(stoppable: Server) -> None:
+    with open_store(stoppable.new_database(), patience_s=0.5) as store:
+        run_id, _ = store.submit(SPEC, queued=True)
+        asked = asking(store)
+        assert asked.get("/healthz").status_code == 200
+        stoppable.stop()
+        started = time.monotonic()
+        for path in ("/healthz", "/api/v1/runs", f"/api/v1/runs/{run_id}", "/metrics"):
+            found = asked.get(path)
+            assert found.status_code == 503, path
+            assert found.json()["type"] == "/errors/storage_away"
+        assert time.monotonic() - started < 10
+        stoppable.start()
+        with pytest.warns(mpq.MpqWarning, match="was away"):
+            assert store.run(run_id).id == run_id
+        assert asked.get("/healthz").status_code == 200
+        assert got(asked, f"runs/{run_id}")["run"]["id"] == run_id

@@ -146,7 +146,7 @@ def test_a_run_is_stopped_and_goes_on_over_http(
 
 
 def test_what_a_server_refuses_is_our_error(storage: str, store: Store) -> None:
-    store.create_run(JobSpec(model="a:b", calibration="a:c", budgets=()))
+    named = store.create_run(JobSpec(model="a:b", calibration="a:c", budgets=(), name="a/b #1"))
     with serving(storage, "--require-token") as (url, _):
         with mpq.Client(url=url) as far, pytest.raises(InvalidInputError, match="token create"):
             far.runs()
@@ -158,6 +158,10 @@ def test_what_a_server_refuses_is_our_error(storage: str, store: Store) -> None:
                 far.runs(where="memry <= 1")
             with pytest.raises(InvalidInputError, match="nope"):
                 far.runs(nope="x")
+            assert far.run("a/b #1").id == named
+            for name in ("a/c", "..", ".", "x?y#z", "%2e"):
+                with pytest.raises(InvalidInputError, match="unknown run"):
+                    far.run(name)
 
 
 @pytest.mark.parametrize(
