@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -95,8 +94,3 @@ def serving(
 def command(words: Sequence[str]) -> list[str]:
     """Return the command line of mpq in this interpreter."""
     return [sys.executable, "-m", "mpq.cli", *words]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return this environment with more."""
-    return {**os.environ, **more}

@@ -24,7 +24,7 @@ from mpq.core.jobs import JobSpec
 from mpq.dashboard.app import create_app
 from mpq.dashboard.openapi import openapi
 from mpq.dashboard.security import HEADERS, PUBLIC
-from mpq.dashboard.settings import Rate, Settings
+from mpq.dashboard.settings import Rate, Settings, is_loopback, names_of
 from mpq.store.models import TokenRow
 from mpq.store.store import Store, open_store
 from tests.dashboards import JOB, OPEN, asking, command, secret, serving
@@ -157,6 +157,25 @@ def test_only_known_hosts_are_served(store: Store, host: str) -> None:
     named = Settings(allow_hosts=("MPQ.example",))
     if host.startswith("mpq"):
         assert asking(store, named).get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "is_local"),
+    [
+        ("127.0.0.1", (), True),
+        ("127.1.2.3", (), True),
+        ("localhost", (), True),
+        ("::1", (), True),
+        ("0.0.0.0", (), False),
+        ("::", (), False),
+        ("", (), False),
+        ("10.0.0.5", ("10.0.0.5",), False),
+        ("fe80::5", ("[fe80::5]",), False),
+        ("mpq.example", ("mpq.example",), False),
+    ],
+)
+def test_what_other_machines_reach(host: str, names: tuple[str, ...], is_local: bool) -> None:
+    assert (names_of(host), is_loopback(host)) == (names, is_local)
 
 
 FOREIGN: list[dict[str, str]] = [

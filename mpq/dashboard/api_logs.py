@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -118,5 +119,5 @@ async def _events(
 
 
 def _event(kind: str, data: Any, number: int | None = None) -> str:
-    lines = [f"event: {kind}", f"data: {json.dumps(data, default=str)}"]
+    lines = [f"event: {kind}", f"data: {json.dumps(data, default=datetime.isoformat)}"]
     return "\n".join([f"id: {number}", *lines] if number is not None else lines) + "\n\n"
