@@ -36,14 +36,13 @@ def serve_http(
 ) -> None:
     """Serve the REST API, the dashboard and metrics, and drive what is submitted."""
     from mpq.dashboard.serve import serve
-    from mpq.dashboard.settings import Settings, is_loopback
+    from mpq.dashboard.settings import Settings, is_loopback, names_of
 
-    is_open = is_loopback(host)
     settings = Settings(
         allow_modules=tuple(allow_module or ()),
         allow_hub=allow_hub,
-        allow_hosts=tuple(allow_host or ()) + (() if is_open else (host,)),
-        require_token=require_token or not is_open,
+        allow_hosts=(*(allow_host or ()), *names_of(host)),
+        require_token=require_token or not is_loopback(host),
     )
     serve(storage, settings, host=host, port=port, drivers=drivers)
 

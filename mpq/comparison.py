@@ -68,7 +68,10 @@ class Comparison:
         return cls(
             runs=tuple(view["runs"]),
             names=tuple(view["names"]),
-            settings={key: tuple(values) for key, values in view["settings"].items()},
+            settings={
+                key: tuple(tuple(v) if isinstance(v, list) else v for v in values)
+                for key, values in view["settings"].items()
+            },
             units_of_measure=view["units_of_measure"],
             layers={layer: tuple(schemes) for layer, schemes in view["layers"].items()},
             same=view["same_layers"],

@@ -80,7 +80,12 @@ class RemoteRuns:
         return str(self._ask("POST", "runs", json=body, headers={"Idempotency-Key": key})["id"])
 
     def resolve_run(self, text: str) -> str:
-        """Return the id that a text stands for."""
+        """Return the id that a text stands for; what no path can hold is looked up as a name."""
+        if "/" in text or text in ("", ".", ".."):
+            found = self.run_page(1, None, name=text).rows
+            if not found:
+                raise InvalidInputError("unknown_run", f"unknown run {text!r}")
+            return found[0].run.id
         return str(self._ask("GET", _run(text))["run"]["id"])
 
     def run_page(self, limit: int | None, cursor: str | None, **wanted: Any) -> RunPage:

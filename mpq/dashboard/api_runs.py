@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mpq.core.errors import InvalidInputError
 from mpq.dashboard.files import FileSuffix, sent
+from mpq.dashboard.masking import masked_table
 from mpq.dashboard.problems import told
 from mpq.dashboard.site import RunId, Site
 from mpq.dashboard.views import RunDetail, RunsView, run_detail, runs_view
@@ -83,7 +84,8 @@ def routes(site: Site) -> APIRouter:
     @router.get("/runs.{suffix}", response_class=Response)
     def runs_file(suffix: FileSuffix, page: Annotated[Page, Query()]) -> Response:
         """Return runs and their numbers as a file."""
-        return sent(runs_table(store.run_page(page.query(), page.limit, page.cursor).rows), suffix)
+        found = store.run_page(page.query(), page.limit, page.cursor)
+        return sent(masked_table(runs_table(found.rows)), suffix)
 
     @router.get("/runs/{run}")
     def one_run(run_id: RunId) -> RunDetail:

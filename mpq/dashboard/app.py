@@ -56,11 +56,12 @@ def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
         openapi_url=None,  # a route of the API, behind the guard as all else
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.site = site
     problems.install(app)
     for routes in ROUTES:
-        app.include_router(routes(site))
+        app.router.routes += routes(site).routes  # flat, so that a test sees every one
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(Guard, site=site)
     return app

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpq.core.access import PREFIX
 from mpq.core.jobs import JobSpec
+from mpq.datatable import DataTable
 
 _PERHAPS = re.compile(rf"(?i)://|pass|secret|key|token|bearer|hf_|{PREFIX}")  # cheaper than all
 _SECRETS = (
@@ -37,6 +38,17 @@ def masked_job(spec: JobSpec) -> dict[str, Any]:
     """Return the keys of a job in which no password or token can be read."""
     found: dict[str, Any] = masked(dataclasses.asdict(spec))
     return found
+
+
+def masked_table(table: DataTable) -> DataTable:
+    """Return a table in whose texts no password or token can be read."""
+    columns = [
+        dataclasses.replace(column, values=masked(list(column.values)))
+        if column.kind == "text"
+        else column
+        for column in table.columns
+    ]
+    return dataclasses.replace(table, columns=tuple(columns))
 
 
 def masked(value: Any) -> Any:

@@ -49,3 +49,16 @@ def openapi(app: FastAPI) -> dict[str, Any]:
 def openapi_text(app: FastAPI) -> str:
     """Return the document as `FILE` holds it."""
     return json.dumps(openapi(app), indent=1, sort_keys=True) + "\n"
+
+
+def main() -> None:
+    """Write `FILE` anew."""
+    from mpq.dashboard.app import create_app
+    from mpq.store.store import open_store
+
+    with open_store(":memory:") as store:
+        FILE.write_text(openapi_text(create_app(store)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from mpq.core.errors import InvalidInputError, MpqError, StorageError
+from mpq.core.errors import MpqError, StorageError
 from mpq.dashboard.masking import masked_text
 
 MEDIA_TYPE = "application/problem+json"
@@ -125,7 +125,3 @@ def told(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"description": http.HTTPStatus(status).phrase, "content": content}
         for status in sorted({400, 401, 403, 404, 422, 503, *statuses})
     }
-
-
-__all__ = ["MEDIA_TYPE", "SCHEMA", "InvalidInputError", "ProblemError", "failure", "install"]
-__all__ += ["problem", "problem_of", "told"]

@@ -22,11 +22,12 @@ from mpq.store.records import TokenRecord
 
 COOKIE = "mpq_token"
 LOGIN = "/login"
-PUBLIC = frozenset({"/healthz", LOGIN, "/login.css"})
+PUBLIC = frozenset({"/healthz", LOGIN})
 API = "/api/"
 _CHANGES_NOTHING = re.compile(r"/api/v1/(?:runs/[^/]+/solve|jobs/check)|/login|/logout")
 _READING = ("GET", "HEAD", "OPTIONS")
 _METHODS = (*_READING, "POST", "PUT", "PATCH", "DELETE")
+_ELSEWHERE = ("cross-site", "same-site")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")
 _LOOK_S = 5.0  # between two looks whether a first token was made
 HEADERS = {
@@ -96,6 +97,8 @@ class Guard:
         client = scope.get("client") or ("",)
         state["token"], state["asker"] = token, token.id if token else client[0]
         _check_scope(token, scope["method"], scope["path"])
+        if scope["path"].startswith(API) and headers.get("sec-fetch-site") in _ELSEWHERE:
+            raise ProblemError(403, "origin", "refused for a page of another site")
         if scope["method"] in _READING:
             return receive
         _check_origin(scope["path"], headers, by_cookie=by_cookie)
@@ -169,7 +172,7 @@ def _check_origin(path: str, headers: Headers, *, by_cookie: bool) -> None:
     """Raise ProblemError for what a page of another site may have sent."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     is_ours = origin is not None and origin.partition("://")[2] == headers.get("host")
-    is_foreign = (origin is not None and not is_ours) or site not in (None, "same-origin", "none")
+    is_foreign = (origin is not None and not is_ours) or site in _ELSEWHERE
     if is_foreign:
         raise ProblemError(403, "origin", f"refused for a page of another site ({origin or site})")
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -46,3 +46,10 @@ class Settings:
 def is_loopback(host: str) -> bool:
     """Tell whether only this machine reaches an address to listen on."""
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def names_of(host: str) -> tuple[str, ...]:
+    """Return the names beside the loopback ones by which an address to listen on is reached."""
+    if is_loopback(host) or host in ("0.0.0.0", "::", ""):  # the last are no names of anything
+        return ()
+    return (f"[{host}]" if ":" in host else host,)

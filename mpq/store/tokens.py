@@ -67,7 +67,7 @@ def revoke(session: Session, text: str) -> list[str]:
     here = or_(TokenRow.id == text, TokenRow.name == text)
     found = list(session.scalars(select(TokenRow.id).where(here)))
     if not found:
-        raise unknown("token", text, session.scalars(select(TokenRow.name)))
+        raise unknown("token", text, set(session.scalars(select(TokenRow.name))))
     kept = (TokenRow.id.in_(found), TokenRow.revoked_at.is_(None))
     session.execute(update(TokenRow).where(*kept).values(revoked_at=now(session)))
     return found
