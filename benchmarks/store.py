@@ -1,10 +1,11 @@
 """How long do the list of runs and the page of one run wait for their database?
 
 One run is put by the store and copied in bulk until there are 1,000, each with a network of 300
-units in 6 schemes: a sensitivity table, two cost tables, three solutions. PostgreSQL is a server
-of its own in a temporary directory (skipped where none is installed), or `--postgresql URL` of an
-empty database. Targets on an idle machine: p95 of a filtered list below 50 ms, of a run's page
-below 200 ms. "CPU ms" is the median of this process alone, which a busy machine changes little.
+units in 6 schemes: a sensitivity table, two cost tables, three solutions, a frontier. PostgreSQL
+is a server of its own in a temporary directory (skipped where none is installed), or
+`--postgresql URL` of an empty database. Targets on an idle machine: p95 of a filtered list below
+50 ms, of a run's page below 200 ms. "CPU ms" is the median of this process alone, which a busy
+machine changes little.
 Run: python -m benchmarks.store [--runs 1000] [--units 300] [--calls 200]
 """
 
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from sqlalchemy import Connection, create_engine, text
 
+from mpq.core.evaluation import CHOSEN
 from mpq.core.formats import parse_scheme
+from mpq.core.frontier import Frontier
 from mpq.core.jobs import JobSpec, RunState
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.problem import Allocation, Budget, Solution, Status
@@ -42,6 +45,9 @@ TABLES = {
     "cost_cells": "name, unit, scheme, position, value, low, high",
     "solutions": "label, status, solver, score, bound, gap, seconds, created_at, budgets, totals, "
     "infeasibility",
+    "frontiers": "costs, complete, grid, created_at",
+    "frontier_points": "costs, position, status, solver, score, bound, gap, seconds, budgets, "
+    "totals, places",
 }
 
 
@@ -136,8 +142,10 @@ def put_first(store: Store, units: int) -> str:
             name=name, unit=unit, cells=cells, values=values, low=values, high=values, weights=1
         )
         store.put_cost(run_id, cost)
-    for scheme in SCHEMES[:3]:
-        store.put_solution(run_id, str(scheme), solution(names, scheme))
+    found = [solution(names, scheme) for scheme in SCHEMES]
+    for label, one in zip((CHOSEN, "additive", "pairs"), found[:3], strict=True):
+        store.put_solution(run_id, label, one)
+    store.put_frontier(run_id, Frontier(cost="memory", solutions=tuple(found * 4 + found[:1])))
     store.set_state(run_id, RunState.SUCCEEDED)
     return run_id
 

@@ -14,6 +14,7 @@ import typer
 from mpq.cli_database import database
 from mpq.cli_options import AsJson, RunName, Storage
 from mpq.cli_query import querying
+from mpq.cli_serve import http
 from mpq.cli_service import serving
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(database, name="db", rich_help_panel="Operate")
 app.add_typer(querying)
 app.add_typer(serving)
+app.add_typer(http)
 
 
 @app.command("run", rich_help_panel="Run")

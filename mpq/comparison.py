@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
@@ -57,6 +57,26 @@ class Comparison:
             "layers": {layer: list(schemes) for layer, schemes in self.layers.items()},
             "same_layers": self.same,
         }
+
+    @classmethod
+    def from_view(cls, view: Mapping[str, Any]) -> Self:
+        """Read what `view` returned."""
+        numbers = {
+            name: {key: tuple(map(_or_nan, values)) for key, values in view[name].items()}
+            for name in ("totals", "measured", "stderr")
+        }
+        return cls(
+            runs=tuple(view["runs"]),
+            names=tuple(view["names"]),
+            settings={
+                key: tuple(tuple(v) if isinstance(v, list) else v for v in values)
+                for key, values in view["settings"].items()
+            },
+            units_of_measure=view["units_of_measure"],
+            layers={layer: tuple(schemes) for layer, schemes in view["layers"].items()},
+            same=view["same_layers"],
+            **numbers,
+        )
 
 
 def compare_runs(store: Store, runs: Sequence[str]) -> Comparison:
@@ -125,6 +145,10 @@ def _settings(specs: Sequence[JobSpec]) -> dict[str, tuple[Any, ...]]:
 def _aligned(found: Sequence[Mapping[str, Any]], missing: Any) -> dict[str, tuple[Any, ...]]:
     keys = dict.fromkeys(key for one in found for key in one)
     return {key: tuple(one.get(key, missing) for one in found) for key in keys}
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _finite(value: float) -> float | None:

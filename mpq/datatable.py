@@ -7,11 +7,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from mpq.core.errors import InvalidInputError, unknown
 
@@ -72,6 +72,32 @@ class DataTable:
         ]
         return "".join(f"{line}\n" for line in lines)
 
+    def plain(self) -> dict[str, Any]:
+        """Return its columns as JSON can hold them; missing and infinite numbers are None."""
+        columns = [
+            {"name": c.name, "kind": c.kind, "values": [_json_value(v) for v in c.values]}
+            for c in self.columns
+        ]
+        return {"name": self.name, "columns": columns}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """Read what `plain` returned."""
+        columns = tuple(
+            Column(c["name"], c["kind"], [_read_value(v, c["kind"]) for v in c["values"]])
+            for c in plain["columns"]
+        )
+        return cls(name=plain["name"], columns=columns)
+
+    def parquet(self) -> bytes:
+        """Return a Parquet file; raises InvalidInputError (`library`) without pyarrow."""
+        table = self.arrow()
+        from pyarrow import parquet
+
+        to = io.BytesIO()
+        parquet.write_table(table, to)
+        return to.getvalue()
+
     def arrow(self) -> Any:
         """Return a `pyarrow.Table`; raises InvalidInputError (`library`) without pyarrow."""
         try:
@@ -118,10 +144,7 @@ class DataTable:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             if wanted == "parquet":
-                table = self.arrow()
-                from pyarrow import parquet
-
-                parquet.write_table(table, unfinished)
+                unfinished.write_bytes(self.parquet())
             else:
                 text = self.csv() if wanted == "csv" else self.jsonl()
                 unfinished.write_text(text, encoding="utf-8", newline="")
@@ -154,6 +177,12 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _read_value(value: Any, kind: Kind) -> Any:
+    if kind == "float":
+        return math.nan if value is None else float(value)
+    return datetime.fromisoformat(value) if kind == "time" and value is not None else value
 
 
 def _lacking(what: str, package: str) -> InvalidInputError:

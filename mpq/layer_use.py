@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_scheme
@@ -62,6 +62,20 @@ class LayerUses:
                 for layer in self.layers
             ],
         }
+
+    @classmethod
+    def from_view(cls, view: Mapping[str, Any]) -> Self:
+        """Read what `view` returned."""
+        layers = tuple(
+            LayerUse(
+                layer=layer["layer"],
+                runs=layer["runs"],
+                schemes=layer["schemes"],
+                bits={int(bits): runs for bits, runs in layer["bits"].items()},
+            )
+            for layer in view["layers"]
+        )
+        return cls(model=view["model"], runs=view["runs"], layers=layers)
 
 
 def layer_uses(store: Store, **wanted: Any) -> LayerUses:

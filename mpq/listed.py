@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -17,7 +19,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.quantities import quantity
 from mpq.datatable import DataTable, checked_format
 from mpq.layer_use import LayerUses
-from mpq.store.records import RunPage, RunSummary
+from mpq.store.records import RunPage, RunSummary, TokenRecord
 
 
 def print_page(page: RunPage, as_json: bool = False, number: str | None = None) -> None:
@@ -143,6 +145,25 @@ def print_layers(found: LayerUses, bits: int, as_json: bool = False) -> None:
     console = new_console()
     console.print(table)
     console.print(f"always {bits} bits or more: {', '.join(always) or 'none'}")
+
+
+def print_tokens(tokens: Sequence[TokenRecord], as_json: bool = False) -> None:
+    """Print who may ask the server; nothing of the secrets is known."""
+    if as_json:
+        print(json.dumps([dataclasses.asdict(token) for token in tokens], indent=2, default=str))
+        return
+    table = Table("token", "name", "scope", "valid until (UTC)", "last used", "state", box=None)
+    for token in tokens:
+        ended = "revoked" if token.revoked_at else "expired"
+        table.add_row(
+            token.id,
+            token.name,
+            token.scope.value,
+            f"{token.expires_at:%Y-%m-%d %H:%M}",
+            f"{token.used_at:%Y-%m-%d %H:00}" if token.used_at else "-",
+            "valid" if token.is_valid else ended,
+        )
+    new_console().print(table)
 
 
 def put_out(table: DataTable, as_format: str | None, out: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.evaluation import CHOSEN
 from mpq.core.formats import Scheme
+from mpq.core.latency import KernelLatency
 from mpq.core.tables import Cells
 from mpq.datatable import Column, DataTable, Kind
 from mpq.store.records import RunSummary
@@ -118,6 +119,24 @@ def evaluations_table(store: Store, run_id: str) -> DataTable:
     columns += [Column(n, kind, [getattr(e, n) for e in found]) for n, kind in kinds.items()]
     columns += _spread("metrics", [e.metrics for e in found])
     return DataTable(name="evaluations", columns=tuple(columns))
+
+
+def kernels_table(store: Store, devices: Sequence[str]) -> DataTable:
+    """Return the measured times of kernels on these devices, in seconds of one call."""
+    found = [latency for d in devices for latency in store.kernel_latencies(d).values()]
+    parts: tuple[tuple[str, Kind, Callable[[KernelLatency], Any]], ...] = (
+        ("device", "text", lambda one: one.device),
+        ("backend", "text", lambda one: one.case.backend),
+        ("kernel", "text", lambda one: one.case.kernel),
+        ("shape", "text", lambda one: one.case.shape),
+        ("median_s", "float", lambda one: one.median_s),
+        ("low_s", "float", lambda one: one.low_s),
+        ("high_s", "float", lambda one: one.high_s),
+        ("rounds", "int", lambda one: one.rounds),
+        ("noisy", "int", lambda one: int(one.noisy)),
+    )
+    columns = [Column(name, kind, [of(one) for one in found]) for name, kind, of in parts]
+    return DataTable(name="kernels", columns=tuple(columns))
 
 
 TABLES: dict[str, Callable[[Store, str], DataTable]] = {

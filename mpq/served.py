@@ -12,7 +12,7 @@ import typer
 from mpq.core.deployment import DEPLOYED
 from mpq.core.errors import RunFailedError
 from mpq.core.jobs import ENDED, RunState
-from mpq.service import wait
+from mpq.service import Watched, wait
 from mpq.store.store import Store
 
 _LOOK_S = 0.5
@@ -97,9 +97,9 @@ class LiveStages:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def look(self, store: Store, run_id: str) -> None:
+    def look(self, runs: Watched, run_id: str) -> None:
         """Bring the bars up to date."""
-        for stage in store.progress(run_id):
+        for stage in runs.progress(run_id):
             if stage.stage not in self._tasks:
                 self._tasks[stage.stage] = self._bars.add_task(stage.stage, total=stage.total)
             task = self._bars.tasks[self._tasks[stage.stage]]

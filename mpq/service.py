@@ -14,17 +14,35 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
+from mpq.store.records import JobRecord, RunRecord, StageRecord
 from mpq.store.store import Store
 
+_LOOK_S = 0.2  # between two looks of somebody who waits
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
+
+
+class Watched(Protocol):
+    """Where a run can be looked at and stopped: a store, or a server."""
+
+    def run(self, run_id: str) -> RunRecord:
+        """Return a run."""
+
+    def job(self, run_id: str) -> JobRecord:
+        """Return who submitted it and who drives it."""
+
+    def progress(self, run_id: str) -> list[StageRecord]:
+        """Return how far its stages are."""
+
+    def request_stop(self, run_id: str) -> RunState:
+        """Ask it to stop and return its state."""
 
 
 def submit(
@@ -122,38 +140,38 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *paths]))}
 
 
-def stop(store: Store, run_id: str, wait_s: float = 15.0) -> RunState:
+def stop(runs: Watched, run_id: str, wait_s: float = 15.0) -> RunState:
     """Ask a run to stop and wait until it has, at most `wait_s`; return its state then."""
-    state = store.request_stop(run_id)
+    state = runs.request_stop(run_id)
     deadline = time.monotonic() + wait_s
     while state not in ENDED and time.monotonic() < deadline:
-        time.sleep(0.2)
-        state = store.run(run_id).state
-        if state not in ENDED and not store.job(run_id).is_driven:
-            state = store.request_stop(run_id)  # its driver went away meanwhile
+        time.sleep(_LOOK_S)
+        state = runs.run(run_id).state
+        if state not in ENDED and not runs.job(run_id).is_driven:
+            state = runs.request_stop(run_id)  # its driver went away meanwhile
     return state
 
 
 def wait(
-    store: Store,
+    runs: Watched,
     run_id: str,
     timeout_s: float | None = None,
-    listen: Callable[[Store, str], Any] | None = None,
+    listen: Callable[[Watched, str], Any] | None = None,
 ) -> RunState:
     """Wait until a run has ended and return its state; TimeoutError after `timeout_s`.
 
-    `listen(store, run_id)` is called with every look, five times a second. Raises RunFailedError
+    `listen(runs, run_id)` is called with every look, five times a second. Raises RunFailedError
     (`run_abandoned`) where its driver went away and no other one came for half a minute.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     driven = time.monotonic()
     while True:
-        state = store.run(run_id).state
+        state = runs.run(run_id).state
         if listen is not None:
-            listen(store, run_id)
+            listen(runs, run_id)
         if state in ENDED:
             return state
-        job = store.job(run_id)
+        job = runs.job(run_id)
         if job.is_driven or state is not RunState.RUNNING:
             driven = time.monotonic()
         elif time.monotonic() - driven > _ABANDONED_S:
@@ -164,7 +182,7 @@ def wait(
             )
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"run {run_id} is {state} after {timeout_s:g} s")
-        time.sleep(0.2)
+        time.sleep(_LOOK_S)
 
 
 def drive_queue(

@@ -169,12 +169,18 @@ class Descents:
         """Return the local optimum reached from a choice after it was made to fit."""
         return self.improved(self.repair(self.knapsack, choice))
 
+    def priced(self) -> Indices | None:
+        """Return the choice that is cheapest at the prices of the rows, made to fit."""
+        return self._cheapest(self.knapsack)
+
     def scaled(self, rng: np.random.Generator) -> Indices | None:
         """Return a good additive choice after scaling each score by about 1/2 to 2."""
         objective = self.knapsack.objective * np.exp(rng.normal(0.0, 0.6, len(self.own)))
-        scaled = replace(self.knapsack, objective=objective)
-        order = np.lexsort((objective + self.prices @ self.knapsack.weights, self.knapsack.units))
-        return self.repair(scaled, order[self.knapsack.starts[:-1]])
+        return self._cheapest(replace(self.knapsack, objective=objective))
+
+    def _cheapest(self, knapsack: Knapsack) -> Indices | None:
+        worth = knapsack.objective + self.prices @ knapsack.weights
+        return self.repair(knapsack, np.lexsort((worth, knapsack.units))[knapsack.starts[:-1]])
 
     def kicked(self, best: _Found, rng: np.random.Generator) -> _Found | None:
         """Return the local optimum after a few units changed at random, repaired to fit."""

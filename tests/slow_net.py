@@ -27,6 +27,15 @@ def make_model() -> nn.Module:
     return Slow().eval()
 
 
+def make_deep() -> nn.Module:
+    """A network of many layers, for pages to show."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(8, 32)]
+    for width in (32, 48, 32) * 4:
+        layers += [nn.ReLU(), nn.Linear(layers[-1].out_features, width)]  # type: ignore[arg-type]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 5)).eval()
+
+
 def batches() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(4, 8, generator=generator) for _ in range(10)]

@@ -19,11 +19,22 @@ from solvers import SOLVERS, get_solver
 ROOT = Path(mpq.__file__).parents[1]
 PACKAGES = ("mpq", "sensitivity", "solvers", "hw_cost_models", "workers")
 
+# What the server shows, and with what.
+FACES = tuple(
+    f"mpq.{name}"
+    for name in ("comparison", "datatable", "jobfile", "layer_use", "pins", "result", "run_tables")
+)
+WEB = ("anyio", "fastapi", "prometheus_client", "starlette", "uvicorn")
+
 # Package: (what it may import of this project, what it may import of others).
 RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mpq.core": (("mpq.core",), ("numpy",)),
     "mpq.nn": (("mpq.core", "mpq.nn"), ("numpy", "torch")),
     "mpq.store": (("mpq.core", "mpq.store"), ("numpy", "sqlalchemy", "alembic", "pydantic")),
+    "mpq.dashboard": (
+        ("mpq.core", "mpq.store", "mpq.service", "mpq.dashboard", "solvers", *FACES),
+        (*WEB, "jinja2", "pydantic", "typer"),
+    ),
     "sensitivity": (("mpq.core", "mpq.nn", "sensitivity"), ("numpy", "torch", "pyhessian")),
     "hw_cost_models": (
         ("mpq.core", "mpq.nn", "hw_cost_models"),
@@ -59,6 +70,7 @@ HEAVY = {
     "numba": {"solvers/compiled.py"},
     "pandas": {"mpq/datatable.py"},
     "pyarrow": {"mpq/datatable.py"},
+    "httpx2": {"mpq/remote.py"},
 }
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -109,7 +121,10 @@ def test_a_heavy_library_is_imported_in_few_files(library: str) -> None:
     assert files <= HEAVY[library]
 
 
-@pytest.mark.parametrize("name", ["cli", "cli_database", "cli_options", "cli_query", "cli_service"])
+CLI = ["cli", "cli_database", "cli_options", "cli_query", "cli_serve", "cli_service"]
+
+
+@pytest.mark.parametrize("name", CLI)
 def test_the_command_line_imports_inside_its_commands(name: str) -> None:
     tree = ast.parse((ROOT / "mpq" / f"{name}.py").read_text())
     eager = {
@@ -118,7 +133,7 @@ def test_the_command_line_imports_inside_its_commands(name: str) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     found = {module for module in eager if module and within(module, PACKAGES)}
-    assert found <= {f"mpq.cli_{part}" for part in ("database", "options", "query", "service")}
+    assert found <= {f"mpq.{name}" for name in CLI}
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -141,7 +156,7 @@ try:
 except SystemExit:
     pass
 """
-SLOW = {"torch", "ray", "transformers", "sqlalchemy", "onnxruntime", *HEAVY}
+SLOW = {"torch", "ray", "transformers", "sqlalchemy", "onnxruntime", *WEB, *HEAVY}
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_server_that_stays_away_is_given_up(
     store: Store, stoppable: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = store.create_run(SPEC)
-    monkeypatch.setattr(patience, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(store._patience, "_limit_s", 1.0)
     stoppable.stop()
     started = time.monotonic()
     with pytest.raises(StorageError, match=r"gave up after \d s: cannot reach") as caught:

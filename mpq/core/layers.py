@@ -133,13 +133,13 @@ class LayerGraph:
 
     def stored_layers(self, unit: Unit) -> tuple[Layer, ...]:
         """Return the layers of a unit, one for each weight that is really stored."""
-        named = self.by_name
-        return tuple({named[n].weight_id: named[n] for n in reversed(unit.layers)}.values())[::-1]
+        return _stored(unit, self.by_name)
 
     @property
     def searched_weights(self) -> int:
         """Weights under search, tied ones once."""
-        return sum(layer.num_weights for u in self.units for layer in self.stored_layers(u))
+        named = self.by_name
+        return sum(layer.num_weights for unit in self.units for layer in _stored(unit, named))
 
     @property
     def fixed_bytes(self) -> int:
@@ -157,3 +157,7 @@ class LayerGraph:
         """Share of all parameters and buffers that is searched, in [0, 1]."""
         total = self.searched_weights + sum(part.elements for part in self.unsearched)
         return self.searched_weights / total if total else 0.0
+
+
+def _stored(unit: Unit, named: Mapping[LayerName, Layer]) -> tuple[Layer, ...]:
+    return tuple({named[n].weight_id: named[n] for n in reversed(unit.layers)}.values())[::-1]

@@ -196,21 +196,19 @@ class Problem:
 
         Units with a single scheme keep it; a scheme that some free unit may not take is left out.
         """
-        free = [set(schemes) for schemes in self.cells.schemes if len(schemes) > 1]
-        if not free:
+        if all(len(schemes) == 1 for schemes in self.cells.schemes):
             return {}
-        shared = set.intersection(*free)
-        order = dict.fromkeys(s for schemes in self.cells.schemes for s in schemes)
-        return {
-            scheme: Allocation(
-                {
-                    unit: schemes[0] if len(schemes) == 1 else scheme
-                    for unit, schemes in zip(self.cells.units, self.cells.schemes, strict=True)
-                }
-            )
-            for scheme in order
-            if scheme in shared
-        }
+        kinds = self.cells.kinds
+        shared = set.intersection(*(set(schemes) for schemes in kinds if len(schemes) > 1))
+        order = dict.fromkeys(s for schemes in kinds for s in schemes)
+        kind_of = {id(schemes): number for number, schemes in enumerate(kinds)}
+        of_unit = np.array([kind_of[id(schemes)] for schemes in self.cells.schemes], np.int64)
+        found = {}
+        for scheme in (s for s in order if s in shared):
+            place = [0 if len(schemes) == 1 else schemes.index(scheme) for schemes in kinds]
+            choice = self.cells.offsets[:-1] + np.array(place)[of_unit]
+            found[scheme] = Allocation.from_choice(self.cells, choice)
+        return found
 
     def fits(self, allocation: Allocation) -> bool:
         """Tell whether an allocation meets every budget and constraint."""

@@ -68,6 +68,11 @@ class Cells:
             for scheme in schemes:
                 yield name, scheme
 
+    @property
+    def kinds(self) -> tuple[tuple[Scheme, ...], ...]:
+        """The different lists of schemes, told apart by identity: few are shared by many units."""
+        return tuple({id(schemes): schemes for schemes in self.schemes}.values())
+
     def unit_number(self, unit: UnitName) -> int:
         """Return the position of a unit; raises for an unknown one."""
         if unit not in self._unit_index:

@@ -65,16 +65,21 @@ def export_allocation(
     of another module and the target loads it alone. `options` are those of the exporter.
     Raises InvalidInputError, before anything is written, for what the target cannot run.
     """
-    exporter = get_exporter(target, **options)
-    place = Path(f"mpq-{target}{exporter.suffix}") if path is None else Path(path)
-    named = chosen_without(strip, chosen)
-    check_runs(exporter, named)
-    text = exporter.text(named)
+    name, text = export_text(target, chosen, strip=strip, **options)
+    place = Path(name) if path is None else Path(path)
     try:
         place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidInputError("export", f"cannot write {place}: {error.strerror}") from error
     return place
+
+
+def export_text(target: str, chosen: Chosen, *, strip: str = "", **options: Any) -> tuple[str, str]:
+    """Return the usual name of the file that `export_allocation` writes, and its content."""
+    exporter = get_exporter(target, **options)
+    named = chosen_without(strip, chosen)
+    check_runs(exporter, named)
+    return f"mpq-{target}{exporter.suffix}", exporter.text(named)
 
 
 def import_allocation(

@@ -21,11 +21,12 @@ def put(session: Session, run_id: str, kind: str, message: str) -> None:
     session.execute(insert(EventRow).values(values))
 
 
-def get(session: Session, run_id: str, after: int) -> list[EventRecord]:
+def get(session: Session, run_id: str, after: int, limit: int | None = None) -> list[EventRecord]:
     """Return the lines whose number is larger than `after`, oldest first."""
     rows = session.execute(
         select(EventRow.id, EventRow.at, EventRow.kind, EventRow.message)
         .where(EventRow.run_id == run_id, EventRow.id > after)
         .order_by(EventRow.id)
+        .limit(limit)
     ).mappings()
     return [EventRecord(**row) for row in rows]

@@ -84,6 +84,20 @@ def get(
     )
 
 
+def totals(session: Session, run_id: str) -> dict[str, list[tuple[dict[str, float], float]]]:
+    """Return the totals and the score of every point, by the one cost of its frontier."""
+    rows = session.execute(
+        select(FrontierPointRow.costs, FrontierPointRow.totals, FrontierPointRow.score)
+        .where(FrontierPointRow.run_id == run_id)
+        .order_by(FrontierPointRow.costs, FrontierPointRow.position)
+    ).all()
+    found: dict[str, list[tuple[dict[str, float], float]]] = {}
+    for row in rows:
+        if "," not in row.costs:
+            found.setdefault(row.costs, []).append((dict(row.totals), row.score))
+    return found
+
+
 def _places(allocation: Allocation, cells: Cells) -> npt.NDArray[np.uint16]:
     return (allocation.choice(cells) - cells.offsets[:-1]).astype(np.uint16)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError, StorageError
@@ -115,42 +115,15 @@ def take(
     A run that was stopped or has failed is pending again. Raises StorageError (`run_driven`) where
     another one drives it, InvalidInputError where it is over for good.
     """
-    state = session.scalar(select(RunRow.state).where(RunRow.id == run_id).with_for_update())
-    if state is None:
-        raise runs.unknown_run(session, run_id)
-    if state == RunState.SUCCEEDED:
-        raise InvalidInputError("run_state", f"run {run_id} has succeeded: there is nothing to do")
-    row = session.execute(
-        select(JobRow.driver, JobRow.driven_since, JobRow.lease_until).where(
-            JobRow.run_id == run_id
-        )
-    ).one_or_none()
+    state = _unfinished(session, run_id)
+    row = _lease(session, run_id)
     at = now(session)
-    if row is None:  # of before there were leases
-        session.execute(
-            insert(JobRow).values(
-                run_id=run_id,
-                body="",
-                owner="",
-                priority=0,
-                queued=False,
-                stop_requested=False,
-                attempts=0,
-            )
-        )
-    elif (
-        row.lease_until is not None
-        and row.lease_until > at
-        and row.driver not in (driver, instead_of)
-    ):
-        raise StorageError(
-            "run_driven",
-            f"run {run_id} is being driven by {row.driver} since "
-            f"{row.driven_since:%Y-%m-%d %H:%M:%S} UTC: wait, or stop it",
-        )
-    elif row.driver is not None and state == RunState.RUNNING:
+    is_held = row.lease_until is not None and row.lease_until > at
+    if is_held and row.driver not in (driver, instead_of):
+        raise _driven(run_id, row.driver, row.driven_since)
+    if row.driver is not None and state == RunState.RUNNING:
         events.put(session, run_id, "driver", f"taken over from {row.driver}, whose lease ended")
-    is_same = instead_of is not None and row is not None and row.driver == instead_of
+    is_same = instead_of is not None and row.driver == instead_of
     changed = {} if is_same else {"stop_requested": False, "attempts": JobRow.attempts + 1}
     session.execute(
         update(JobRow)
@@ -164,6 +137,38 @@ def take(
     )
     if state in (RunState.STOPPED, RunState.FAILED):
         runs.set_state(session, run_id, RunState.PENDING, None)
+
+
+def _unfinished(session: Session, run_id: str) -> RunState:
+    """Return the state of a run, which nobody else changes meanwhile, unless it has succeeded."""
+    state = session.scalar(select(RunRow.state).where(RunRow.id == run_id).with_for_update())
+    if state is None:
+        raise runs.unknown_run(session, run_id)
+    if state == RunState.SUCCEEDED:
+        raise InvalidInputError("run_state", f"run {run_id} has succeeded: there is nothing to do")
+    return RunState(state)
+
+
+def _lease(session: Session, run_id: str) -> Row[str | None, datetime | None, datetime | None]:
+    """Return who drives a run, since when and until when; made where there is none yet."""
+    query = select(JobRow.driver, JobRow.driven_since, JobRow.lease_until).where(
+        JobRow.run_id == run_id
+    )
+    row = session.execute(query).one_or_none()
+    if row is not None:
+        return row
+    unowned = {"body": "", "owner": "", "priority": 0, "queued": False}  # of before leases
+    values = {"run_id": run_id, **unowned, "stop_requested": False, "attempts": 0}
+    session.execute(insert(JobRow).values(values))
+    return session.execute(query).one()
+
+
+def _driven(run_id: str, driver: str | None, since: datetime | None) -> StorageError:
+    return StorageError(
+        "run_driven",
+        f"run {run_id} is being driven by {driver} since {since:%Y-%m-%d %H:%M:%S} UTC: wait, or "
+        "stop it",
+    )
 
 
 def take_next(
@@ -199,6 +204,28 @@ def _waits(at: datetime) -> ColumnElement[bool]:
     left = and_(RunRow.state == RunState.RUNNING, JobRow.driver.is_not(None))
     pending = and_(RunRow.state == RunState.PENDING, JobRow.queued)
     return and_(is_free, or_(pending, left), ~RunRow.model.startswith(LIVE, autoescape=True))
+
+
+def queue(session: Session, run_id: str) -> None:
+    """Let a run wait for whichever driver is next; a stopped or failed one is pending again.
+
+    Raises StorageError (`run_driven`) where a driver has it, InvalidInputError where it is over.
+    """
+    state = _unfinished(session, run_id)
+    row = _lease(session, run_id)
+    if row.lease_until is not None and row.lease_until > now(session):
+        raise _driven(run_id, row.driver, row.driven_since)
+    values = {"queued": True, "stop_requested": False}
+    session.execute(update(JobRow).where(JobRow.run_id == run_id).values(values))
+    if state in (RunState.STOPPED, RunState.FAILED):
+        runs.set_state(session, run_id, RunState.PENDING, None)
+
+
+def set_tags(session: Session, run_id: str, tags: Sequence[str]) -> None:
+    """Give a run these tags in place of those it has."""
+    session.execute(delete(TagRow).where(TagRow.run_id == run_id))
+    for tag in dict.fromkeys(tags):
+        session.execute(insert(TagRow).values(run_id=run_id, tag=tag))
 
 
 def renew(session: Session, run_id: str, driver: str, seconds: float) -> bool:

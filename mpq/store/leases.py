@@ -76,6 +76,19 @@ class Leases:
         with self._write() as session:
             return jobs.take_next(session, driver, seconds, per_owner)
 
+    def queue(self, run_id: str) -> None:
+        """Let a stopped, failed or abandoned run wait for whichever driver is next.
+
+        Raises StorageError (`run_driven`) where one has it, InvalidInputError where it is over.
+        """
+        with self._write() as session:
+            jobs.queue(session, run_id)
+
+    def set_tags(self, run_id: str, tags: Sequence[str]) -> None:
+        """Give a run these tags in place of those it has."""
+        with self._write(run_id) as session:
+            jobs.set_tags(session, run_id, tags)
+
     def renew(self, run_id: str, driver: str, seconds: float) -> bool:
         """Make a lease longer; return whether the run was asked to stop.
 

@@ -341,6 +341,24 @@ class EvaluationRow(Base):
     allocation: Mapped[Mapping[str, str]] = mapped_column(Json(dict[str, str]))
 
 
+class TokenRow(Base):
+    """A secret by which somebody may ask the server; `digest` is its SHA-256.
+
+    `used_at` is when it was last used, to the hour.
+    """
+
+    __tablename__ = "api_tokens"
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str]
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    scope: Mapped[str]
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
 class EventRow(Base):
     """One line of a run's log; numbers only grow, so a reader can go on after the last one."""
 

@@ -44,6 +44,14 @@ def page(session: Session, query: RunQuery, limit: int | None, cursor: str | Non
     return RunPage(rows=_summaries(session, [row.id for row in shown]), cursor=following)
 
 
+def summary(session: Session, run_id: str) -> RunSummary:
+    """Return one run with its numbers."""
+    found = _summaries(session, [run_id])
+    if not found:
+        raise runs.unknown_run(session, run_id)
+    return found[0]
+
+
 def _summaries(session: Session, ids: list[str]) -> tuple[RunSummary, ...]:
     found: dict[str, RunSummary] = {}
     for start in range(0, len(ids), _IDS_AT_ONCE):

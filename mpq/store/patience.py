@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from mpq.core.errors import MpqWarning, StorageError
 
 AWAY, CONFLICT = "storage_unreachable", "storage_conflict"
-_PATIENCE_S = 600.0
+PATIENCE_S = 600.0
 _PAUSES_S = (0.1, 5.0)  # the first, which doubles, and the longest
 _CONFLICTS = 10
 _LOG = logging.getLogger("mpq.store")
@@ -55,17 +55,18 @@ def once(name: str, make: Callable[[], Made]) -> Made:
 class Patience:
     """How long one database has been away; shared by all threads that use it."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, limit_s: float = PATIENCE_S) -> None:
         self._place = place
+        self._limit_s = limit_s
         self._away_since: float | None = None
 
     def wait(self, error: StorageError, pause_s: float) -> None:
-        """Sleep before the next try; raises StorageError (`storage_away`) after ten minutes."""
+        """Sleep before the next try; raises StorageError (`storage_away`) after `limit_s`."""
         now = time.monotonic()
         if self._away_since is None:
             self._away_since = now
-            _LOG.warning("%s; waiting up to %.0f s for it to come back", error, _PATIENCE_S)
-        if now - self._away_since >= _PATIENCE_S:
+            _LOG.warning("%s; waiting up to %.0f s for it to come back", error, self._limit_s)
+        if now - self._away_since >= self._limit_s:
             raise StorageError(
                 "storage_away",
                 f"gave up after {now - self._away_since:.0f} s: {error} What was finished is "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from mpq.core.access import Scope
 from mpq.core.jobs import JobSpec, RunState
 
 
@@ -95,3 +96,32 @@ class RunPage:
 
     rows: tuple[RunSummary, ...]
     cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRecord:
+    """Who may ask over HTTP, without the secret; `used_at` is right to the hour."""
+
+    id: str
+    name: str
+    scope: Scope
+    created_at: datetime
+    expires_at: datetime
+    used_at: datetime | None
+    revoked_at: datetime | None
+    is_valid: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCounts:
+    """What an operator watches.
+
+    `queued` runs wait for any driver, the oldest since `oldest_queued_s`; `driven` ones have one.
+    """
+
+    runs: Mapping[RunState, int]
+    queued: int
+    driven: int
+    oldest_queued_s: float
+    partials: int
+    partial_seconds: float

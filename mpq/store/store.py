@@ -22,6 +22,7 @@ from mpq.core.problem import Problem, Solution
 from mpq.core.protocols import Partial
 from mpq.core.tables import CostTable, Responses, SensitivityTable
 from mpq.store import (
+    counts,
     evaluations,
     events,
     frontiers,
@@ -35,22 +36,26 @@ from mpq.store import (
     solutions,
     tables,
 )
+from mpq.store.access import Access
 from mpq.store.address import shown, sqlite_file, storage_url
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.leases import Leases
-from mpq.store.patience import Patience, patient
+from mpq.store.patience import PATIENCE_S, Patience, patient
 from mpq.store.query import RunQuery
-from mpq.store.records import EventRecord, RunPage, RunRecord, StageRecord
+from mpq.store.records import EventRecord, RunPage, RunRecord, RunSummary, StageRecord, StoreCounts
 from mpq.store.schema import prepare
 
 
-def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
+def open_store(
+    storage: str | os.PathLike[str] | Store | None = None, *, patience_s: float = PATIENCE_S
+) -> Store:
     """Open a database, making it where it is new.
 
     `storage` is a URL ("sqlite:///runs.db", "postgresql+psycopg://user:password@host/name"),
     the path of a SQLite file, or a store, which is returned as it is; None is the environment's
-    MPQ_STORAGE, else mpq.db in the working directory. Raises StorageError.
+    MPQ_STORAGE, else mpq.db in the working directory. A server that goes away is waited for
+    `patience_s`. Raises StorageError.
     """
     if isinstance(storage, Store):
         return storage
@@ -62,25 +67,26 @@ def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
         except BaseException:
             engine.dispose()
             raise
-    return Store(engine)
+    return Store(engine, patience_s)
 
 
 @patient
-class Store(Leases):
+class Store(Leases, Access):
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
     what was there, except results of tasks, of which the first stays. A server that goes away is
-    waited for, up to ten minutes, and the transaction run again; an MpqWarning tells how long it
-    was. Methods raise InvalidInputError (`unknown_run`) for a run that is not there and
-    StorageError where the database cannot do its work. Use it as a context manager, or close it.
+    waited for (ten minutes, or as `open_store` says) and the transaction run again; an MpqWarning
+    tells how long it was. Methods raise InvalidInputError (`unknown_run`) for a run that is not
+    there and StorageError where the database cannot do its work. Use it as a context manager, or
+    close it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, patience_s: float = PATIENCE_S) -> None:
         self._engine = engine
         self._reading = reading(engine)
         self._writing = writing(engine)
-        self._patience = Patience(shown(engine.url))
+        self._patience = Patience(shown(engine.url), patience_s)
 
     def __repr__(self) -> str:
         return f"Store({shown(self.url)!r})"
@@ -185,6 +191,11 @@ class Store(Leases):
         with self._read() as session:
             return pages.page(session, query or RunQuery(), limit, cursor)
 
+    def run_summary(self, run_id: str) -> RunSummary:
+        """Return a run with the numbers of its chosen allocation."""
+        with self._read() as session:
+            return pages.summary(session, run_id)
+
     def resolve_run(self, text: str, state: RunState | None = None) -> str:
         """Return the id that an id, its unique start, a run's name or "latest" stands for.
 
@@ -273,6 +284,11 @@ class Store(Leases):
         with self._read() as session:
             return latencies.get(session, device)
 
+    def kernel_devices(self) -> list[str]:
+        """Return the devices that kernels were timed on."""
+        with self._read() as session:
+            return latencies.devices(session)
+
     def put_kernel_latency(self, latency: KernelLatency) -> None:
         """Keep the time of a kernel."""
         with self._write() as session:
@@ -299,6 +315,11 @@ class Store(Leases):
             found = frontiers.get(session, run_id, (cost,), tables.cells(session, run_id))
         return found if isinstance(found, Frontier) else None
 
+    def frontier_totals(self, run_id: str) -> dict[str, list[tuple[dict[str, float], float]]]:
+        """Return the totals and score of each point of the stored frontiers, by cost."""
+        with self._read(run_id) as session:
+            return frontiers.totals(session, run_id)
+
     def surface(self, run_id: str, costs: tuple[str, str]) -> Surface | None:
         """Return the trade-off of two costs that was kept, if any."""
         with self._read(run_id) as session:
@@ -324,6 +345,11 @@ class Store(Leases):
         logged = self.events(run_id)
         return [Deployment.from_text(event.message) for event in logged if event.kind == DEPLOYED]
 
+    def counts(self) -> StoreCounts:
+        """Return what an operator watches: runs by state, the queue, scores that are kept."""
+        with self._read() as session:
+            return counts.counts(session)
+
     def log(self, run_id: str, kind: str, message: str) -> None:
         """Add a line to the log of a run."""
         with self._write(run_id) as session:
@@ -334,7 +360,7 @@ class Store(Leases):
         logged = self.events(run_id)
         return [f"{event.kind}: {event.message}" for event in logged if event.kind != DEPLOYED]
 
-    def events(self, run_id: str, after: int = 0) -> list[EventRecord]:
+    def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[EventRecord]:
         """Return the log, oldest first; `after` is the number of the last line already seen."""
         with self._read(run_id) as session:
-            return events.get(session, run_id, after)
+            return events.get(session, run_id, after, limit)

@@ -1,0 +1,1 @@
+"""The HTTP face: REST, metrics and pages over one database, in one process."""
