@@ -16,3 +16,10 @@ RunName = Annotated[
     str, typer.Argument(help="Run id, its beginning, a job's name, or 'latest'.", metavar="RUN")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A module whose classes kept networks may have, beside $MPQ_TRUSTED_MODULES; "
+        "may repeat."
+    ),
+]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpq.cli_options import AsJson, RunName, Storage
+from mpq.cli_options import AsJson, RunName, Storage, Trust
 
 serving = typer.Typer()
 
@@ -102,12 +102,15 @@ def resume_run(
     run: RunName,
     storage: Storage = None,
     detach: Annotated[bool, typer.Option(help="Let a process of its own drive it.")] = False,
+    trust: Trust = None,
 ) -> None:
     """Go on with a stopped, failed or abandoned run; finished scores are used again."""
     from mpq.driver import drive
     from mpq.service import start_driver
     from mpq.store.store import open_store
+    from mpq.trust import trust as trust_also
 
+    trust_also(trust or ())
     with open_store(storage) as store:
         run_id = store.resolve_run(run)
         if detach:
@@ -125,11 +128,14 @@ def drive_queued(
         int | None, typer.Option(help="Runs at once of one user at most.", min=1)
     ] = None,
     until_empty: Annotated[bool, typer.Option(help="End when nothing waits.")] = False,
+    trust: Trust = None,
 ) -> None:
     """Drive queued runs, and those whose driver went away, until interrupted."""
     from mpq.service import drive_queue
     from mpq.store.store import open_store
+    from mpq.trust import trust as trust_also
 
+    trust_also(trust or ())
     with open_store(storage) as store:
         drive_queue(store, drivers=drivers, per_owner=per_user, until_empty=until_empty)
 

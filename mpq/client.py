@@ -12,15 +12,15 @@ from typing import Any, Self
 
 from mpq import service
 from mpq.comparison import Comparison, compare_runs
-from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.errors import RunFailedError
 from mpq.core.jobs import JobSpec, RunState
 from mpq.datatable import DataTable
-from mpq.jobfile import load_job, parse_job
 from mpq.layer_use import LayerUses, layer_uses
 from mpq.run_tables import run_table, runs_table
 from mpq.store.query import RunQuery
 from mpq.store.records import EventRecord, JobRecord, RunPage, RunRecord, StageRecord
 from mpq.store.store import Store, open_store
+from mpq.submitted import submitted
 
 
 class Client:
@@ -51,27 +51,34 @@ class Client:
 
     def submit(
         self,
-        job: JobSpec | dict[str, Any] | str | Path,
+        job: JobSpec | dict[str, Any] | str | Path | None = None,
         *,
         submission_id: str | None = None,
         priority: int = 0,
         tags: Sequence[str] = (),
         user: str | None = None,
         queue: bool = False,
+        **parts: Any,
     ) -> RunHandle:
         """Submit a job, its keys, or the path of a job file, and return its run.
 
-        The same `submission_id` returns the same run. A process of its own drives it, or, with
-        `queue`, whichever `mpq drive` is next. Raises InvalidInputError for what cannot be run.
+        `parts` are keys of the job too and go before its own: those of `mpq.search`, so that
+        `submit(model=net, calibration=batches, budgets=["memory <= 60%"])` is that search in a
+        process of its own. Networks and batches may be objects, which the database keeps by
+        their digest (mpq.artifacts), and functions those of modules. The same `submission_id`
+        returns the same run. A process of its own drives it, or, with `queue`, whichever
+        `mpq drive` is next. Raises InvalidInputError for what cannot be run.
         """
+        whole = submitted(self.store, job, parts)
         run_id, _ = service.submit(
             self.store,
-            _spec(job),
+            whole.spec,
             submission_id=submission_id,
             owner=user,
             priority=priority,
             tags=tags,
             queue=queue,
+            trusted=whole.trusted,
         )
         return RunHandle(self.store, run_id)
 
@@ -169,15 +176,3 @@ class RunHandle:
         from mpq.result import SearchResult
 
         return SearchResult(self.store, self.id)
-
-
-def _spec(job: JobSpec | dict[str, Any] | str | Path) -> JobSpec:
-    if isinstance(job, JobSpec):
-        return job
-    if isinstance(job, dict):
-        return parse_job(job)
-    if isinstance(job, str | Path):
-        return load_job(job)
-    raise InvalidInputError(
-        "job", f"a job is a JobSpec, a dict of its keys or the path of a file, got {job!r}"
-    )

@@ -21,6 +21,7 @@ from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
 from mpq.store.store import Store
+from mpq.trust import TRUSTED, trusted_text
 
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
@@ -36,13 +37,15 @@ def submit(
     priority: int = 0,
     tags: Sequence[str] = (),
     queue: bool = False,
+    trusted: Sequence[str] = (),
 ) -> tuple[str, bool]:
     """Keep a job as a pending run; return its id and whether it is new.
 
     The same `submission_id` finds the same run again. The run is driven by a process of its own,
-    which goes on when this one ends, or, with `queue`, by whichever `mpq drive` is next. Raises
-    InvalidInputError for a job with live objects (`job_live`), a bad value, or another job under
-    a known submission id (`submission_conflict`).
+    which goes on when this one ends and also trusts the modules in `trusted` (mpq.trust), or,
+    with `queue`, by whichever `mpq drive` is next. Raises InvalidInputError for a job with live
+    objects (`job_live`), a bad value, or another job under a known submission id
+    (`submission_conflict`).
     """
     _check(spec, submission_id, priority, tags)
     run_id, is_new = store.submit(
@@ -55,7 +58,7 @@ def submit(
         queued=queue,
     )
     if is_new and not queue:
-        start_driver(store, run_id)
+        start_driver(store, run_id, trusted)
     return run_id, is_new
 
 
@@ -73,8 +76,8 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
     for name, value in parts.items():
         raise InvalidInputError(
             "job_live",
-            f"{name} is an object of this process, {value}, which another one does not have: give "
-            "an entry point such as 'package.module:function'",
+            f"{name} is an object of this process, {value}, which another one does not have: pass "
+            "it to client.submit, or give an entry point such as 'package.module:function'",
         )
     if submission_id is not None and not (submission_id.strip() and len(submission_id) <= 200):
         raise InvalidInputError(
@@ -89,17 +92,20 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
         raise InvalidInputError("tags", f"tags is a list of words, got {tags!r}")
 
 
-def start_driver(store: Store, run_id: str) -> None:
+def start_driver(store: Store, run_id: str, trusted: Sequence[str] = ()) -> None:
     """Start a process that drives a run and goes on without this one.
 
-    Raises StorageError (`run_driven`) where another one drives it.
+    It also trusts the modules in `trusted` (mpq.trust). Raises StorageError (`run_driven`) where
+    another one drives it.
     """
-    process = _started(store, run_id, None)
+    process = _started(store, run_id, None, trusted)
     # Somebody waits for it, so that no zombie is left while this process lives.
     threading.Thread(target=process.wait, name=f"driver of {run_id}", daemon=True).start()
 
 
-def _started(store: Store, run_id: str, driver: str | None) -> subprocess.Popen[bytes]:
+def _started(
+    store: Store, run_id: str, driver: str | None, trusted: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     name = driver or driver_name()
     if driver is None:
         store.take(run_id, name, _STARTING_S)
@@ -113,7 +119,8 @@ def _started(store: Store, run_id: str, driver: str | None) -> subprocess.Popen[
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**_environment(), "MPQ_STORAGE": url},  # not an argument: it may hold a password
+            # The storage is no argument, as it may hold a password.
+            env={**_environment(), TRUSTED: trusted_text(trusted), "MPQ_STORAGE": url},
         )
 
 

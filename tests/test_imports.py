@@ -24,6 +24,10 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mpq.core": (("mpq.core",), ("numpy",)),
     "mpq.nn": (("mpq.core", "mpq.nn"), ("numpy", "torch")),
     "mpq.store": (("mpq.core", "mpq.store"), ("numpy", "sqlalchemy", "alembic", "pydantic")),
+    "mpq.packing": (
+        ("mpq.core", "mpq.packing", "mpq.trust"),
+        ("numpy", "torch", "safetensors", "transformers"),
+    ),
     "sensitivity": (("mpq.core", "mpq.nn", "sensitivity"), ("numpy", "torch", "pyhessian")),
     "hw_cost_models": (
         ("mpq.core", "mpq.nn", "hw_cost_models"),
@@ -45,13 +49,15 @@ HEAVY = {
         "mpq/deploy/marked.py",
         "mpq/deploy/onnx_model.py",
     },
-    "transformers": {"mpq/models.py"},
+    "transformers": {"mpq/models.py", "mpq/packing/pretrained.py"},
     "plotly": {"mpq/figures.py"},
     "optuna": {"solvers/optuna_search.py"},
     "safetensors": {
         "mpq/export/packed.py",
         "mpq/export/compressed_weights.py",
         "mpq/models.py",
+        "mpq/packing/reading.py",
+        "mpq/packing/writing.py",
     },
     "gguf": {"mpq/export/gguf.py"},
     "torchao": set(),

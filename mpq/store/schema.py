@@ -35,6 +35,7 @@ REVISIONS = (
     "0003_joint_costs",
     "0004_jobs",
     "0005_partial_use",
+    "0007_artifacts",
 )
 
 _LOCK = 0x6D7071  # PostgreSQL: whoever holds it creates or migrates

@@ -36,6 +36,7 @@ from mpq.store import (
     tables,
 )
 from mpq.store.address import shown, sqlite_file, storage_url
+from mpq.store.artifacts import Artifacts
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.leases import Leases
@@ -66,7 +67,7 @@ def open_store(storage: str | os.PathLike[str] | Store | None = None) -> Store:
 
 
 @patient
-class Store(Leases):
+class Store(Leases, Artifacts):
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
