@@ -23,3 +23,12 @@ Trust = Annotated[
         "may repeat."
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="The dashboard of a Ray cluster, http://head:8265: a job of it drives the run."
+    ),
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="A Ray cluster: auto or host:port (default: a local Ray).")
+]

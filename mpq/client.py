@@ -24,12 +24,17 @@ from mpq.submitted import submitted
 
 
 class Client:
-    """Jobs in a database, driven by processes of their own on this machine.
+    """Jobs in a database, driven by processes of their own on this machine, or inside a cluster.
 
-    `storage` is a URL or path as for `mpq.open_store`. Use it as a context manager, or close it.
+    `storage` is a URL or path as for `mpq.open_store`, `ray` the dashboard of a Ray cluster,
+    "http://head:8265", whose jobs drive what is submitted. Use it as a context manager, or close
+    it.
     """
 
-    def __init__(self, storage: str | os.PathLike[str] | Store | None = None) -> None:
+    def __init__(
+        self, storage: str | os.PathLike[str] | Store | None = None, *, ray: str | None = None
+    ) -> None:
+        self._ray = ray
         self._owns = not isinstance(storage, Store)
         self.store = open_store(storage)
 
@@ -58,6 +63,7 @@ class Client:
         tags: Sequence[str] = (),
         user: str | None = None,
         queue: bool = False,
+        ray: str | None = None,
         **parts: Any,
     ) -> RunHandle:
         """Submit a job, its keys, or the path of a job file, and return its run.
@@ -67,7 +73,8 @@ class Client:
         process of its own. Networks and batches may be objects, which the database keeps by
         their digest (mpq.artifacts), and functions those of modules. The same `submission_id`
         returns the same run. A process of its own drives it, or, with `queue`, whichever
-        `mpq drive` is next. Raises InvalidInputError for what cannot be run.
+        `mpq drive` is next, or a job of the cluster `ray` (default: that of this client).
+        Raises InvalidInputError for what cannot be run.
         """
         whole = submitted(self.store, job, parts)
         run_id, _ = service.submit(
@@ -79,6 +86,7 @@ class Client:
             tags=tags,
             queue=queue,
             trusted=whole.trusted,
+            ray=ray or (None if queue else self._ray),
         )
         return RunHandle(self.store, run_id)
 
@@ -154,9 +162,12 @@ class RunHandle:
         """Stop it; what it found stays. Returns its state after at most 15 s."""
         return service.stop(self.store, self.id)
 
-    def resume(self) -> None:
-        """Let a process of its own go on with it; finished scores are used again."""
-        service.start_driver(self.store, self.id)
+    def resume(self, *, ray: str | None = None) -> None:
+        """Let a process of its own, or a job of a Ray cluster, go on with it.
+
+        Finished scores are used again.
+        """
+        service.start_driver(self.store, self.id, ray=ray)
 
     def table(self, name: str) -> DataTable:
         """Return its "scores", "costs", "allocation" or "evaluations" as a table."""

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
 from mpq.store.store import Store
+from mpq.transport import cluster_for, fail_if_lost, start_in_ray, waits_in_ray
 from mpq.trust import TRUSTED, trusted_text
 
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
+_RAY_LOOK_S = 2.0  # between two looks at the Ray job of a run that has not begun
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
 
 
@@ -38,16 +41,23 @@ def submit(
     tags: Sequence[str] = (),
     queue: bool = False,
     trusted: Sequence[str] = (),
+    ray: str | None = None,
 ) -> tuple[str, bool]:
     """Keep a job as a pending run; return its id and whether it is new.
 
     The same `submission_id` finds the same run again. The run is driven by a process of its own,
     which goes on when this one ends and also trusts the modules in `trusted` (mpq.trust), or,
-    with `queue`, by whichever `mpq drive` is next. Raises InvalidInputError for a job with live
+    with `queue`, by whichever `mpq drive` is next, or, with `ray`, by a job of the Ray cluster
+    whose dashboard is there (mpq.transport). Raises InvalidInputError for a job with live
     objects (`job_live`), a bad value, or another job under a known submission id
     (`submission_conflict`).
     """
     _check(spec, submission_id, priority, tags)
+    cluster = None if ray is None else cluster_for(store, ray)
+    if cluster is not None and queue:
+        raise InvalidInputError("queue", "a run waits for 'mpq drive' or goes to Ray, not both")
+    if cluster is not None and spec.executor == "ray":
+        spec = replace(spec, ray_address="auto")  # where its driver will be
     run_id, is_new = store.submit(
         spec,
         body=_digest(spec),
@@ -57,9 +67,18 @@ def submit(
         tags=tags,
         queued=queue,
     )
-    if is_new and not queue:
+    if cluster is not None:
+        if is_new or _was_left(store, run_id):
+            start_in_ray(store, run_id, cluster, trusted, _python_path())
+    elif is_new and not queue:
         start_driver(store, run_id, trusted)
     return run_id, is_new
+
+
+def _was_left(store: Store, run_id: str) -> bool:
+    """Tell whether whoever submitted a run went away before its Ray job was there."""
+    is_pending = store.run(run_id).state is RunState.PENDING
+    return is_pending and store.job(run_id).driver is None
 
 
 def _digest(spec: JobSpec) -> str:
@@ -92,12 +111,17 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
         raise InvalidInputError("tags", f"tags is a list of words, got {tags!r}")
 
 
-def start_driver(store: Store, run_id: str, trusted: Sequence[str] = ()) -> None:
-    """Start a process that drives a run and goes on without this one.
+def start_driver(
+    store: Store, run_id: str, trusted: Sequence[str] = (), ray: str | None = None
+) -> None:
+    """Start a process that drives a run and goes on without this one, or such a Ray job.
 
     It also trusts the modules in `trusted` (mpq.trust). Raises StorageError (`run_driven`) where
     another one drives it.
     """
+    if ray is not None:
+        start_in_ray(store, run_id, cluster_for(store, ray), trusted, _python_path())
+        return
     process = _started(store, run_id, None, trusted)
     # Somebody waits for it, so that no zombie is left while this process lives.
     threading.Thread(target=process.wait, name=f"driver of {run_id}", daemon=True).start()
@@ -125,12 +149,19 @@ def _started(
 
 
 def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
     paths = [path for path in sys.path if path]  # entry points that this process can import
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *paths]))}
+    return os.pathsep.join(dict.fromkeys([os.getcwd(), *paths]))
 
 
 def stop(store: Store, run_id: str, wait_s: float = 15.0) -> RunState:
     """Ask a run to stop and wait until it has, at most `wait_s`; return its state then."""
+    job = store.job(run_id)
+    if waits_in_ray(job):  # its job finds it stopped when it begins
+        store.release(run_id, str(job.driver))
     state = store.request_stop(run_id)
     deadline = time.monotonic() + wait_s
     while state not in ENDED and time.monotonic() < deadline:
@@ -153,15 +184,18 @@ def wait(
     (`run_abandoned`) where its driver went away and no other one came for half a minute.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    driven = time.monotonic()
+    driven = looked = time.monotonic()
+    untold: str | None = None
     while True:
+        if time.monotonic() - looked > _RAY_LOOK_S:
+            untold, looked = fail_if_lost(store, run_id), time.monotonic()
         state = store.run(run_id).state
         if listen is not None:
             listen(store, run_id)
         if state in ENDED:
             return state
         job = store.job(run_id)
-        if job.is_driven or state is not RunState.RUNNING:
+        if job.is_driven or (state is not RunState.RUNNING and untold is None):
             driven = time.monotonic()
         elif time.monotonic() - driven > _ABANDONED_S:
             raise RunFailedError(

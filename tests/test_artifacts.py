@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,21 @@ def test_artifacts_stay_as_long_as_a_run_needs_them(store: Store) -> None:
     assert (len(told.runs), told.artifacts) == (1, 1)
     assert collect(store, timedelta(0)).artifacts == 1
     assert count(store, "artifact_chunks") == 0
+
+
+def test_an_artifact_that_a_run_just_came_to_need_is_not_removed(store: Store) -> None:
+    from mpq.store import runs
+
+    kept = keep_batches(store, batches(), "calibration")
+    spec = spec_of(store, calibration=kept)
+    with ThreadPoolExecutor(1) as thread:
+        with store._write() as session:
+            runs.create(session, spec, "", "0")
+            collecting = thread.submit(collect, store, timedelta(0))
+            time.sleep(0.5)
+            assert not collecting.done()  # it waits for the submission
+        assert collecting.result().artifacts == 0
+    assert len(restored(store, kept)) == 6
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

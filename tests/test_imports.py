@@ -42,7 +42,7 @@ HEAVY = {
     "pulp": {"solvers/milp.py"},
     "highspy": {"solvers/milp.py", "solvers/relaxation.py", "solvers/threads.py"},
     "pyhessian": {"sensitivity/hessian_products.py"},
-    "ray": {"workers/ray_cluster.py"},
+    "ray": {"workers/ray_cluster.py", "workers/ray_jobs.py"},
     "onnxruntime": {"hw_cost_models/measured/onnxruntime.py", "mpq/deploy/onnxruntime.py"},
     "onnx": {
         "hw_cost_models/measured/graphs.py",

@@ -113,13 +113,16 @@ def take(
     """Let a driver drive a run for some seconds; its own lease, or `instead_of`'s, is taken anew.
 
     A run that was stopped or has failed is pending again. Raises StorageError (`run_driven`) where
-    another one drives it, InvalidInputError where it is over for good.
+    another one drives it, InvalidInputError where it is over for good, or was stopped while the
+    driver was on its way.
     """
     state = session.scalar(select(RunRow.state).where(RunRow.id == run_id).with_for_update())
     if state is None:
         raise runs.unknown_run(session, run_id)
     if state == RunState.SUCCEEDED:
         raise InvalidInputError("run_state", f"run {run_id} has succeeded: there is nothing to do")
+    if state == RunState.STOPPED and instead_of is not None:
+        raise InvalidInputError("run_state", f"run {run_id} was stopped before its driver began")
     row = session.execute(
         select(JobRow.driver, JobRow.driven_since, JobRow.lease_until).where(
             JobRow.run_id == run_id
