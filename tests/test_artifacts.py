@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import mpq
-from mpq.artifacts import keep_batches, keep_model, restored
+from mpq.artifacts import _keep, keep_batches, keep_model, restored
 from mpq.core.errors import InvalidInputError, StorageError
 from mpq.core.jobs import RunState
 from mpq.deploy.deploy import _network
+from mpq.packing import pretrained
 from mpq.store import artifacts
 from mpq.store.health import check_database
 from mpq.store.retention import collect
@@ -118,6 +119,33 @@ def test_a_changed_network_of_hugging_face_is_kept_with_its_classes(
             restored(store, text)
         monkeypatch.setenv(TRUSTED, "transformers")
         assert_same_network(model, restored(store, text))
+
+
+FETCHING: dict[str, dict[str, Any]] = {
+    "code of the hub": {"attention": "somebody/attention"},
+    "kernels": {"attention": "flash_attention_2"},
+    "experts": {"config": {"experts_implementation": "somebody/experts"}},
+    "a backbone": {"config": {"backbone_config": {"model_type": "timm_backbone"}}},
+    "a network of timm": {"class": "TimmWrapperModel"},
+    "weights": {"config": {"more": [{"use_pretrained_backbone": True}]}},
+    "no network": {"class": "pipeline"},
+    "a function": {"class": "utils.import_utils.is_torch_available"},
+    "no such tensor": {"tensors": {"config": torch.ones(1)}},
+}
+
+
+@pytest.mark.parametrize("name", FETCHING)
+def test_a_config_that_would_fetch_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = pretrained.as_plain(llama()) or {}
+    changed = {k: {**kept[k], **v} if isinstance(v, dict) else v for k, v in FETCHING[name].items()}
+    monkeypatch.setattr("socket.socket.connect", None)  # what would reach out breaks
+    with open_store(tmp_path / "runs.db") as store:
+        text, _ = _keep(store, "pretrained", kept | changed, "model", classes=False)
+        with pytest.raises(StorageError, match="cannot make the network of a run again") as told:
+            restored(store, text)
+        assert "\n" not in str(told.value)
 
 
 # The database

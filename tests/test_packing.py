@@ -384,6 +384,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "before its memory": plain({"tensor": 0}, tensors=[tensor(offset=-1)]),
     "backwards": plain({"tensor": 0}, tensors=[tensor(stride=[-1])]),
     "no numbers": plain({"tensor": 0}, tensors=[tensor(dtype="load")]),
+    "numbers that import": plain({"tensor": 0}, tensors=[tensor(dtype="_inductor")]),
     "no such tensor": plain({"tensor": 7}),
     "integers with gradients": plain(
         {"tensor": 0}, tensors=[tensor(dtype="int32", parameter=True, requires_grad=True)]

@@ -23,3 +23,9 @@ def artifact_digest(kept: object) -> str | None:
     """Return the digest that "artifact:<digest>" names, None for anything else."""
     found = _DIGEST.fullmatch(kept) if isinstance(kept, str) else None
     return None if found is None else found[1]
+
+
+def short_source(text: str) -> str:
+    """Return a source as a table shows it: of a digest what tells it from others."""
+    digest = artifact_digest(text)
+    return text if digest is None else f"{ARTIFACT}{digest[:8]}"

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# What transformers has itself; of other names it may fetch code.
+_FETCHED = ("backbone", "use_timm_backbone", "use_pretrained_backbone")
+_IMPLEMENTATIONS = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
+
 
 def as_plain(model: nn.Module) -> dict[str, Any] | None:
     """Return what a transformers network is made of again: no class but transformers' own.
@@ -68,10 +72,24 @@ def _built(kept: dict[str, Any], device: str) -> nn.Module:
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ValueError(f"transformers has no network {kept['class']!r}")
     cls: Any = found
+    names = {"attn_implementation": kept["attention"], "class": kept["class"]}
+    _check_fetches_nothing({**names, "config": kept["config"]})
     config = cls.config_class.from_dict(dict(kept["config"]))
     with torch.device(device):
         model: nn.Module = cls._from_config(config, attn_implementation=kept["attention"])
     return model
+
+
+def _check_fetches_nothing(config: object) -> None:
+    """Raise ValueError where making a network of a config would load code or weights."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        is_foreign = str(key).endswith("_implementation") and value not in _IMPLEMENTATIONS
+        is_timm = key in ("model_type", "class") and str(value).lower().startswith("timm")
+        if is_foreign or is_timm or (key in _FETCHED and value):
+            raise ValueError(f"its config would fetch code or weights: {key} {value!r}")
+        _check_fetches_nothing(value)
+    for one in config if isinstance(config, list) else ():
+        _check_fetches_nothing(one)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -150,7 +150,7 @@ def _member(told: list[str]) -> Any:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
+    found = vars(torch).get(name)  # no `__getattr__`, which imports
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no type of numbers")
     return found
