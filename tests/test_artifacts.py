@@ -112,6 +112,9 @@ def test_a_changed_network_of_hugging_face_is_kept_with_its_classes(
     with open_store(tmp_path / "runs.db") as store:
         model = llama().eval()
         model.lm_head = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 32))
+        set_by_hand = llama()
+        set_by_hand.model.layers[0].self_attn.attention_dropout = 0.5
+        assert pretrained.as_plain(set_by_hand) is None
         text, modules = keep_model(store, model)
         assert modules
         assert all(name.startswith("transformers.") for name in modules)

@@ -20,7 +20,7 @@ def as_plain(model: nn.Module) -> dict[str, Any] | None:
     """Return what a transformers network is made of again: no class but transformers' own.
 
     Config, every parameter and buffer, which modules train. None for any other network, also
-    one whose modules are not those of its config, or that has hooks.
+    one whose modules or settings are not those of its config, or that has hooks.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
@@ -97,9 +97,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _parts(model: nn.Module) -> list[tuple[str, object]]:
-    modules: list[tuple[str, object]] = [(n, type(m)) for n, m in model.named_modules()]
+def _parts(model: nn.Module) -> list[object]:
+    """Return all that must be as the config makes it: modules, their settings, shapes."""
+    modules: list[object] = [(n, type(m), _settings(m)) for n, m in model.named_modules()]
     return [*modules, *((name, tensor.shape) for name, tensor in _tensors(model))]
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    return {k: v for k, v in plain.items() if k not in ("training", "_is_hf_initialized")}
 
 
 def _is_changed(model: nn.Module) -> bool:
