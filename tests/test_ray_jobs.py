@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import mpq
 from mpq import service
 from mpq.cli import app
-from mpq.core.errors import InvalidInputError, StorageError
+from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.core.jobs import RunState
 from mpq.driving import driving
 from mpq.store.store import Store, open_store
@@ -92,6 +92,19 @@ def test_a_run_that_waits_in_a_cluster_stops_at_once_for_good(tmp_path: Path) ->
         ):
             pass
         assert store.run(run_id).state is RunState.STOPPED
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_RAY_LOOK_S", 0.1)
+    monkeypatch.setattr(service, "_ABANDONED_S", 0.5)
+    with open_store(tmp_path / "runs.db") as store:
+        run_id, _ = service.submit(store, spec(), queue=True)
+        store.take(run_id, HOLDER, 0.1)
+        with pytest.raises(RunFailedError, match=r"lost its driver ray job at http://127.0.0.1:1"):
+            service.wait(store, run_id, 60)
+        assert store.run(run_id).state is RunState.PENDING  # it may come back
 
 
 def test_the_referee_takes_the_address_of_a_cluster(tmp_path: Path) -> None:
@@ -302,6 +315,24 @@ def test_a_password_stays_here_and_a_job_that_cannot_begin_is_told(
     assert run_id in everything
     assert secret not in everything
     postgres.drop(address)
+
+
+@pytest.mark.slow
+def test_a_job_that_the_cluster_never_got_is_told_when_its_time_is_over(
+    tmp_path: Path, port: int, token: dict[str, str]
+) -> None:
+    storage = str(tmp_path / "runs.db")
+    holder = f"ray job at http://127.0.0.1:{port} [abc123]"
+    with open_store(storage) as store:
+        run_id, _ = service.submit(store, spec(), queue=True)
+        store.take(run_id, holder, 60)
+        waiting = command("status", run_id, "--storage", storage, **token).stdout
+        assert f"given to a {holder}, which has not begun: it waits there" in waiting
+        store.release(run_id, holder)
+        over = command("status", run_id, "--storage", storage, "--json", **token).stdout
+        told = json.loads(over)
+        assert (told["state"], told["error_code"]) == ("FAILED", "ray_job_lost")
+        assert "the cluster does not know it" in told["error_message"]
 
 
 @pytest.mark.slow
