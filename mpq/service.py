@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
@@ -69,7 +69,11 @@ def submit(
     )
     if cluster is not None:
         if is_new or _was_left(store, run_id):
-            start_in_ray(store, run_id, cluster, trusted, _python_path())
+            try:
+                start_in_ray(store, run_id, cluster, trusted, _python_path())
+            except StorageError as error:
+                if error.code != "run_driven":  # by whoever submitted the same at once
+                    raise
     elif is_new and not queue:
         start_driver(store, run_id, trusted)
     return run_id, is_new

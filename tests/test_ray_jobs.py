@@ -79,6 +79,22 @@ def test_a_cluster_that_does_not_answer_is_told(tmp_path: Path) -> None:
             service.submit(store, spec(), ray="http://127.0.0.1:1", queue=True)
 
 
+def test_whoever_submits_the_same_at_once_finds_it_driven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(tmp_path / "runs.db") as store:
+        make = store.submit
+
+        def made_and_taken(*given: Any, **named: Any) -> tuple[str, bool]:
+            run_id, is_new = make(*given, **named)
+            store.take(run_id, HOLDER, 60)
+            return run_id, is_new
+
+        monkeypatch.setattr(store, "submit", made_and_taken)
+        run_id, _ = service.submit(store, spec(), ray="http://127.0.0.1:1")
+        assert (store.run(run_id).state, store.job(run_id).driver) == (RunState.PENDING, HOLDER)
+
+
 def test_a_run_that_waits_in_a_cluster_stops_at_once_for_good(tmp_path: Path) -> None:
     with open_store(tmp_path / "runs.db") as store:
         run_id, _ = service.submit(store, spec(), queue=True)
@@ -269,6 +285,34 @@ def test_a_ray_job_drives_the_run_when_its_submitter_is_gone(
         check=True,
     )
     assert found.stdout.split()[-1] == "False"
+
+
+LIVE = """
+import sys, mpq
+from tests.builders import case
+from tests.test_artifacts import JOB
+model, batch = case("decoder")
+with mpq.Client(sys.argv[1], ray=sys.argv[2]) as client:
+    print(client.submit(JOB, model=model.eval(), calibration=[batch]).id)
+"""
+
+
+@pytest.mark.slow
+def test_a_live_network_is_searched_inside_a_cluster(
+    tmp_path: Path, port: int, token: dict[str, str]
+) -> None:
+    storage = str(tmp_path / "runs.db")
+    found = subprocess.run(
+        [sys.executable, "-c", LIVE, storage, f"http://127.0.0.1:{port}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | token,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    run_id = found.stdout.split()[-1]
+    with open_store(storage) as store:
+        assert ended(store, run_id, 120) is RunState.SUCCEEDED, store.run(run_id).error_message
 
 
 @pytest.mark.slow
