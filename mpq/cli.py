@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mpq.cli_database import database
-from mpq.cli_options import AsJson, RunName, Storage
+from mpq.cli_options import AsJson, RayAddress, RunName, Storage
 from mpq.cli_query import querying
 from mpq.cli_serve import http
 from mpq.cli_service import serving
@@ -38,9 +38,7 @@ def run_here(
         typer.Option(help="Replace the job's budgets, e.g. --budget 'memory <= 4 MB'."),
     ] = None,
     executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster: auto or host:port (default: a local Ray).")
-    ] = None,
+    ray_address: RayAddress = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,13 +70,15 @@ def referee(
     allocations: Annotated[int, typer.Option(help="Random allocations at each budget.")] = 12,
     storage: Storage = None,
     executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
+    ray_address: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare sensitivity metrics on a job's network by what their choices really do."""
     from mpq.jobfile import load_job
     from mpq.referee.told import print_referee
 
-    spec = load_job(job, {"executor": executor} if executor else {})
+    changes = {"executor": executor, "ray_address": ray_address}
+    spec = load_job(job, {key: value for key, value in changes.items() if value})
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
 
     from mpq.progress import Bars

@@ -171,7 +171,7 @@ def collect_garbage(
     vacuum: Annotated[bool, typer.Option(help="Make the SQLite file smaller.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove runs that ended long ago, and scores under content keys that no run took since."""
+    """Remove runs that ended long ago, and scores and artifacts that no run needed since."""
     from mpq.core.moments import span
     from mpq.findings import print_removed
     from mpq.store.retention import collect

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpq.cli_options import AsJson, RunName, Storage
+from mpq.cli_options import AsJson, Ray, RunName, Storage, Trust
 
 serving = typer.Typer()
 
@@ -23,25 +24,32 @@ def submit_job(
     tag: Annotated[list[str] | None, typer.Option(help="A word to find it by; may repeat.")] = None,
     user: Annotated[str | None, typer.Option(help="Whose run it is (default: yours).")] = None,
     queue: Annotated[bool, typer.Option(help="Leave it to whichever 'mpq drive' is next.")] = False,
+    ray: Ray = None,
     wait: Annotated[bool, typer.Option(help="Stay until it has ended.")] = False,
 ) -> None:
     """Keep a job and let a process of its own drive it; prints the id of the run."""
+    from mpq.core.errors import MpqWarning
     from mpq.jobfile import load_job
     from mpq.served import follow
     from mpq.service import submit
     from mpq.store.store import open_store
 
     with open_store(storage) as store:
-        run_id, is_new = submit(
-            store,
-            load_job(job),
-            submission_id=submission_id,
-            owner=user,
-            priority=priority,
-            tags=tag or (),
-            queue=queue,
-        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", MpqWarning)
+            run_id, is_new = submit(
+                store,
+                load_job(job),
+                submission_id=submission_id,
+                owner=user,
+                priority=priority,
+                tags=tag or (),
+                queue=queue,
+                ray=ray,
+            )
         typer.echo(run_id)
+        for warning in told:
+            typer.echo(str(warning.message), err=True)
         if not is_new:
             typer.echo(f"submission {submission_id!r} is this run already", err=True)
         if wait:
@@ -102,16 +110,20 @@ def resume_run(
     run: RunName,
     storage: Storage = None,
     detach: Annotated[bool, typer.Option(help="Let a process of its own drive it.")] = False,
+    trust: Trust = None,
+    ray: Ray = None,
 ) -> None:
     """Go on with a stopped, failed or abandoned run; finished scores are used again."""
     from mpq.driver import drive
     from mpq.service import start_driver
     from mpq.store.store import open_store
+    from mpq.trust import trust as trust_also
 
+    trust_also(trust or ())
     with open_store(storage) as store:
         run_id = store.resolve_run(run)
-        if detach:
-            start_driver(store, run_id)
+        if detach or ray:
+            start_driver(store, run_id, ray=ray)
         else:
             drive(store, run_id)
         typer.echo(run_id)
@@ -125,11 +137,14 @@ def drive_queued(
         int | None, typer.Option(help="Runs at once of one user at most.", min=1)
     ] = None,
     until_empty: Annotated[bool, typer.Option(help="End when nothing waits.")] = False,
+    trust: Trust = None,
 ) -> None:
     """Drive queued runs, and those whose driver went away, until interrupted."""
     from mpq.service import drive_queue
     from mpq.store.store import open_store
+    from mpq.trust import trust as trust_also
 
+    trust_also(trust or ())
     with open_store(storage) as store:
         drive_queue(store, drivers=drivers, per_owner=per_user, until_empty=until_empty)
 

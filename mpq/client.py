@@ -15,7 +15,6 @@ from mpq.comparison import Comparison
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.jobs import JobSpec, RunState
 from mpq.datatable import DataTable
-from mpq.jobfile import load_job, parse_job
 from mpq.layer_use import LayerUses
 from mpq.run_tables import runs_table
 from mpq.runs import Runs
@@ -24,20 +23,23 @@ from mpq.store.store import Store
 
 
 class Client:
-    """Jobs in a database, driven by processes of their own, or on a server.
+    """Jobs in a database, driven by processes of their own, inside a cluster, or on a server.
 
-    `storage` is a URL or path as for `mpq.open_store`; `url` that of `mpq serve`, which `token`
-    (default: the environment's MPQ_TOKEN) lets you ask. Use it as a context manager, or close it.
+    `storage` is a URL or path as for `mpq.open_store`, `ray` the dashboard of a Ray cluster,
+    "http://head:8265", whose jobs drive what is submitted; `url` is that of `mpq serve`, which
+    `token` (default: the environment's MPQ_TOKEN) lets you ask. Use it as a context manager, or
+    close it.
     """
 
     def __init__(
         self,
         storage: str | os.PathLike[str] | Store | None = None,
         *,
+        ray: str | None = None,
         url: str | None = None,
         token: str | None = None,
     ) -> None:
-        self._runs = _runs(storage, url, token)
+        self._runs = _runs(storage, ray, url, token)
 
     def __enter__(self) -> Self:
         return self
@@ -65,27 +67,36 @@ class Client:
 
     def submit(
         self,
-        job: JobSpec | dict[str, Any] | str | Path,
+        job: JobSpec | dict[str, Any] | str | Path | None = None,
         *,
         submission_id: str | None = None,
         priority: int = 0,
         tags: Sequence[str] = (),
         user: str | None = None,
         queue: bool = False,
+        ray: str | None = None,
+        **parts: Any,
     ) -> RunHandle:
         """Submit a job, its keys, or the path of a job file, and return its run.
 
-        The same `submission_id` returns the same run. A process of its own drives it, or, with
-        `queue`, whichever `mpq drive` is next; a server always queues. Raises InvalidInputError
-        for what cannot be run.
+        `parts` are keys of the job too and go before its own: those of `mpq.search`, so that
+        `submit(model=net, calibration=batches, budgets=["memory <= 60%"])` is that search in a
+        process of its own. Networks and batches may be objects, which a database keeps by their
+        digest (mpq.artifacts) and a server refuses, and functions those of modules. The same
+        `submission_id` returns the same run. A process of its own drives it, or, with `queue`,
+        whichever `mpq drive` is next, or a job of the cluster `ray` (default: that of this
+        client); a server always queues. Raises InvalidInputError for what cannot be run.
         """
+        whole = self._runs.checked(job, parts)
         run_id = self._runs.submit(
-            _spec(job),
+            whole.spec,
             submission_id=submission_id,
             priority=priority,
             tags=tags,
             user=user,
             queue=queue,
+            trusted=whole.trusted,
+            ray=ray,
         )
         return RunHandle(self._runs, run_id)
 
@@ -174,9 +185,12 @@ class RunHandle:
         """Stop it; what it found stays. Returns its state after at most 15 s."""
         return service.stop(self.runs, self.id)
 
-    def resume(self) -> None:
-        """Let a process of its own go on with it; finished scores are used again."""
-        self.runs.resume(self.id)
+    def resume(self, *, ray: str | None = None) -> None:
+        """Let a process of its own, or a job of a Ray cluster, go on with it.
+
+        Finished scores are used again.
+        """
+        self.runs.resume(self.id, ray)
 
     def table(self, name: str) -> DataTable:
         """Return its "scores", "costs", "allocation" or "evaluations" as a table."""
@@ -200,28 +214,21 @@ class RunHandle:
 
 
 def _runs(
-    storage: str | os.PathLike[str] | Store | None, url: str | None, token: str | None
+    storage: str | os.PathLike[str] | Store | None,
+    ray: str | None,
+    url: str | None,
+    token: str | None,
 ) -> Runs:
     if url is None:
         if token is not None:
             raise InvalidInputError("token", "a token is for a server: give its url, too")
         from mpq.stored_runs import StoredRuns
 
-        return StoredRuns(storage)
-    if storage is not None:
-        raise InvalidInputError("url", "runs are in a storage or behind a url: give one of them")
+        return StoredRuns(storage, ray)
+    if storage is not None or ray is not None:
+        raise InvalidInputError(
+            "url", "runs are in a storage, which ray may drive, or behind a url: give one of them"
+        )
     from mpq.remote import RemoteRuns
 
     return RemoteRuns(url, token or os.environ.get("MPQ_TOKEN"))
-
-
-def _spec(job: JobSpec | dict[str, Any] | str | Path) -> JobSpec:
-    if isinstance(job, JobSpec):
-        return job
-    if isinstance(job, dict):
-        return parse_job(job)
-    if isinstance(job, str | Path):
-        return load_job(job)
-    raise InvalidInputError(
-        "job", f"a job is a JobSpec, a dict of its keys or the path of a file, got {job!r}"
-    )

@@ -40,8 +40,9 @@ def print_removed(removed: Removed, dry_run: bool, as_json: bool = False) -> Non
         typer.echo(run_id)
     verb = "would remove" if dry_run else "removed"
     typer.echo(
-        f"{verb} {len(removed.runs)} runs (about {quantity(removed.run_bytes, 'bytes')}) and "
-        f"{removed.partials} results of tasks ({quantity(removed.partial_bytes, 'bytes')})",
+        f"{verb} {len(removed.runs)} runs (about {quantity(removed.run_bytes, 'bytes')}), "
+        f"{removed.partials} results of tasks ({quantity(removed.partial_bytes, 'bytes')}) and "
+        f"{removed.artifacts} artifacts ({quantity(removed.artifact_bytes, 'bytes')})",
         err=True,
     )
     if removed.file_bytes:

@@ -16,6 +16,7 @@ from mpq.comparison import Comparison
 from mpq.console import new_console
 from mpq.core.budgets import COST_UNITS
 from mpq.core.errors import InvalidInputError
+from mpq.core.live import short_source
 from mpq.core.quantities import quantity
 from mpq.datatable import DataTable, checked_format
 from mpq.layer_use import LayerUses
@@ -38,7 +39,7 @@ def print_page(page: RunPage, as_json: bool = False, number: str | None = None) 
                 run.name,
                 str(run.state),
                 f"{run.created_at:%Y-%m-%d %H:%M:%S}",
-                run.spec.model,
+                short_source(run.spec.model),
                 ", ".join(run.spec.budgets),
                 *(_shown(row, name) for name in numbers),
             )

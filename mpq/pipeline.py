@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mpq.adaptive import EnoughScores
+from mpq.artifacts import parts_of
 from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
@@ -197,18 +198,10 @@ def run_job(
     progress: Progress | None = None,
     run_id: str | None = None,
 ) -> SearchResult:
-    """Run a job whose parts are entry points, here and now; `run_id` is a run that we drive."""
-    given = load(
-        spec.model,
-        spec.calibration,
-        held_out=spec.held_out,
-        sample=spec.sample,
-        loss=spec.loss,
-        evaluate=spec.evaluate,
-        quality=spec.quality,
-        profiles=spec.profiles,
-    )
-    return run(spec, given, open_store(storage), progress or Silent(), run_id=run_id)
+    """Run a job whose parts are kept or entry points, here; `run_id` is a run that we drive."""
+    store = open_store(storage)
+    given = load(**parts_of(store, spec))
+    return run(spec, given, store, progress or Silent(), run_id=run_id)
 
 
 def run(

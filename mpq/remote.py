@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ from mpq.store.records import (
     RunSummary,
     StageRecord,
 )
+from mpq.submitted import Submitted, submitted
 
 _PATIENCE_S = 30.0  # in which a server that restarts should be back
 _PAUSE_S = 0.2  # before the first retry; doubles
@@ -61,6 +63,12 @@ class RemoteRuns:
         """Close the connections."""
         self._http.close()
 
+    def checked(
+        self, job: JobSpec | Mapping[str, Any] | str | Path | None, parts: Mapping[str, Any]
+    ) -> Submitted:
+        """Return a job whose parts are all texts."""
+        return submitted(None, job, parts)
+
     def submit(
         self,
         spec: JobSpec,
@@ -70,8 +78,11 @@ class RemoteRuns:
         tags: Sequence[str],
         user: str | None,
         queue: bool,
+        trusted: Sequence[str],
+        ray: str | None,
     ) -> str:
         """Keep a job as a queued run; asked again it is the same run."""
+        _no_ray(ray)
         key = submission_id or uuid.uuid4().hex
         if not (key.isascii() and key.isprintable()):
             raise InvalidInputError("submission_id", f"a server takes ASCII only, got {key!r}")
@@ -156,8 +167,9 @@ class RemoteRuns:
         """Ask a run to stop."""
         return RunState(self._ask("POST", f"{_run(run_id)}/stop")["state"])
 
-    def resume(self, run_id: str) -> None:
+    def resume(self, run_id: str, ray: str | None) -> None:
         """Let it wait for a driver."""
+        _no_ray(ray)
         self._ask("POST", f"{_run(run_id)}/resume", twice=False)
 
     def delete_run(self, run_id: str) -> None:
@@ -306,3 +318,10 @@ def _sent(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
         elif not line and data:
             yield kind, json.loads(data)
             kind, data = "", ""
+
+
+def _no_ray(ray: str | None) -> None:
+    if ray is not None:
+        raise InvalidInputError(
+            "ray", f"a server drives what it is given: leave ray={ray!r} out, or give its storage"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from mpq.comparison import Comparison
@@ -11,10 +12,16 @@ from mpq.datatable import DataTable
 from mpq.layer_use import LayerUses
 from mpq.service import Watched
 from mpq.store.records import EventRecord, RunPage
+from mpq.submitted import Submitted
 
 
 class Runs(Watched, Protocol):
     """Runs in one place; ids are whole but for `resolve_run`."""
+
+    def checked(
+        self, job: JobSpec | Mapping[str, Any] | str | Path | None, parts: Mapping[str, Any]
+    ) -> Submitted:
+        """Return a job whose `parts` replace its own keys, its objects kept."""
 
     def submit(
         self,
@@ -25,6 +32,8 @@ class Runs(Watched, Protocol):
         tags: Sequence[str],
         user: str | None,
         queue: bool,
+        trusted: Sequence[str],
+        ray: str | None,
     ) -> str:
         """Keep a job and return the id of its run."""
 
@@ -40,7 +49,7 @@ class Runs(Watched, Protocol):
     def follow(self, run_id: str, after: int) -> Iterator[EventRecord]:
         """Yield the same, and those that come until the run has ended."""
 
-    def resume(self, run_id: str) -> None:
+    def resume(self, run_id: str, ray: str | None) -> None:
         """Let a stopped, failed or abandoned run go on."""
 
     def delete_run(self, run_id: str) -> None:

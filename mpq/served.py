@@ -14,12 +14,14 @@ from mpq.core.errors import RunFailedError
 from mpq.core.jobs import ENDED, RunState
 from mpq.service import Watched, wait
 from mpq.store.store import Store
+from mpq.transport import fail_if_lost, waits_in_ray
 
 _LOOK_S = 0.5
 
 
 def print_status(store: Store, run_id: str, as_json: bool) -> None:
     """Print the state of a run, who drives it and how far its stages are."""
+    untold = fail_if_lost(store, run_id)
     run, job, stages = store.run(run_id), store.job(run_id), store.progress(run_id)
     if as_json:
         plain = {
@@ -37,7 +39,9 @@ def print_status(store: Store, run_id: str, as_json: bool) -> None:
         typer.echo(json.dumps(plain, indent=2, default=str))
         return
     typer.echo(f"{run.id} {run.name or '-'}: {run.state.value}")
-    if job.is_driven:
+    if waits_in_ray(job) and run.state not in ENDED:
+        typer.echo(f"given to a {job.driver}, which has not begun: {untold or 'it waits there'}")
+    elif job.is_driven:
         since = "" if job.driven_since is None else f" since {job.driven_since:%Y-%m-%d %H:%M:%S}"
         typer.echo(f"driven by {job.driver}{since} UTC")
     elif run.state not in ENDED:

@@ -13,19 +13,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
 from mpq.store.records import JobRecord, RunRecord, StageRecord
 from mpq.store.store import Store
+from mpq.transport import cluster_for, fail_if_lost, start_in_ray, waits_in_ray
+from mpq.trust import TRUSTED, trusted_text
 
 _LOOK_S = 0.2  # between two looks of somebody who waits
 _IDLE_S = 1.0  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
+_RAY_LOOK_S = 2.0  # between two looks at the Ray job of a run that has not begun
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
 
 
@@ -54,15 +58,24 @@ def submit(
     priority: int = 0,
     tags: Sequence[str] = (),
     queue: bool = False,
+    trusted: Sequence[str] = (),
+    ray: str | None = None,
 ) -> tuple[str, bool]:
     """Keep a job as a pending run; return its id and whether it is new.
 
     The same `submission_id` finds the same run again. The run is driven by a process of its own,
-    which goes on when this one ends, or, with `queue`, by whichever `mpq drive` is next. Raises
-    InvalidInputError for a job with live objects (`job_live`), a bad value, or another job under
-    a known submission id (`submission_conflict`).
+    which goes on when this one ends and also trusts the modules in `trusted` (mpq.trust), or,
+    with `queue`, by whichever `mpq drive` is next, or, with `ray`, by a job of the Ray cluster
+    whose dashboard is there (mpq.transport). Raises InvalidInputError for a job with live
+    objects (`job_live`), a bad value, or another job under a known submission id
+    (`submission_conflict`).
     """
     _check(spec, submission_id, priority, tags)
+    cluster = None if ray is None else cluster_for(store, ray)
+    if cluster is not None and queue:
+        raise InvalidInputError("queue", "a run waits for 'mpq drive' or goes to Ray, not both")
+    if cluster is not None and spec.executor == "ray":
+        spec = replace(spec, ray_address="auto")  # where its driver will be
     run_id, is_new = store.submit(
         spec,
         body=_digest(spec),
@@ -72,9 +85,22 @@ def submit(
         tags=tags,
         queued=queue,
     )
-    if is_new and not queue:
-        start_driver(store, run_id)
+    if cluster is not None:
+        if is_new or _was_left(store, run_id):
+            try:
+                start_in_ray(store, run_id, cluster, trusted, _python_path())
+            except StorageError as error:
+                if error.code != "run_driven":  # by whoever submitted the same at once
+                    raise
+    elif is_new and not queue:
+        start_driver(store, run_id, trusted)
     return run_id, is_new
+
+
+def _was_left(store: Store, run_id: str) -> bool:
+    """Tell whether whoever submitted a run went away before its Ray job was there."""
+    is_pending = store.run(run_id).state is RunState.PENDING
+    return is_pending and store.job(run_id).driver is None
 
 
 def _digest(spec: JobSpec) -> str:
@@ -91,8 +117,8 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
     for name, value in parts.items():
         raise InvalidInputError(
             "job_live",
-            f"{name} is an object of this process, {value}, which another one does not have: give "
-            "an entry point such as 'package.module:function'",
+            f"{name} is an object of this process, {value}, which another one does not have: pass "
+            "it to client.submit, or give an entry point such as 'package.module:function'",
         )
     if submission_id is not None and not (submission_id.strip() and len(submission_id) <= 200):
         raise InvalidInputError(
@@ -107,17 +133,25 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
         raise InvalidInputError("tags", f"tags is a list of words, got {tags!r}")
 
 
-def start_driver(store: Store, run_id: str) -> None:
-    """Start a process that drives a run and goes on without this one.
+def start_driver(
+    store: Store, run_id: str, trusted: Sequence[str] = (), ray: str | None = None
+) -> None:
+    """Start a process that drives a run and goes on without this one, or such a Ray job.
 
-    Raises StorageError (`run_driven`) where another one drives it.
+    It also trusts the modules in `trusted` (mpq.trust). Raises StorageError (`run_driven`) where
+    another one drives it.
     """
-    process = _started(store, run_id, None)
+    if ray is not None:
+        start_in_ray(store, run_id, cluster_for(store, ray), trusted, _python_path())
+        return
+    process = _started(store, run_id, None, trusted)
     # Somebody waits for it, so that no zombie is left while this process lives.
     threading.Thread(target=process.wait, name=f"driver of {run_id}", daemon=True).start()
 
 
-def _started(store: Store, run_id: str, driver: str | None) -> subprocess.Popen[bytes]:
+def _started(
+    store: Store, run_id: str, driver: str | None, trusted: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     name = driver or driver_name()
     if driver is None:
         store.take(run_id, name, _STARTING_S)
@@ -131,17 +165,30 @@ def _started(store: Store, run_id: str, driver: str | None) -> subprocess.Popen[
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**_environment(), "MPQ_STORAGE": url},  # not an argument: it may hold a password
+            # The storage is no argument, as it may hold a password.
+            env={**_environment(), TRUSTED: trusted_text(trusted), "MPQ_STORAGE": url},
         )
 
 
 def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
     paths = [path for path in sys.path if path]  # entry points that this process can import
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([os.getcwd(), *paths]))}
+    return os.pathsep.join(dict.fromkeys([os.getcwd(), *paths]))
+
+
+def _database(runs: Watched) -> Store | None:
+    """Return the database that runs are in, None where a server has it."""
+    return runs if isinstance(runs, Store) else getattr(runs, "store", None)
 
 
 def stop(runs: Watched, run_id: str, wait_s: float = 15.0) -> RunState:
     """Ask a run to stop and wait until it has, at most `wait_s`; return its state then."""
+    store = _database(runs)
+    if store is not None and waits_in_ray(job := store.job(run_id)):
+        store.release(run_id, str(job.driver))  # its job finds it stopped when it begins
     state = runs.request_stop(run_id)
     deadline = time.monotonic() + wait_s
     while state not in ENDED and time.monotonic() < deadline:
@@ -164,15 +211,18 @@ def wait(
     (`run_abandoned`) where its driver went away and no other one came for half a minute.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    driven = time.monotonic()
+    driven = looked = time.monotonic()
+    store, untold = _database(runs), None
     while True:
+        if store is not None and time.monotonic() - looked > _RAY_LOOK_S:
+            untold, looked = fail_if_lost(store, run_id), time.monotonic()
         state = runs.run(run_id).state
         if listen is not None:
             listen(runs, run_id)
         if state in ENDED:
             return state
         job = runs.job(run_id)
-        if job.is_driven or state is not RunState.RUNNING:
+        if job.is_driven or (state is not RunState.RUNNING and untold is None):
             driven = time.monotonic()
         elif time.monotonic() - driven > _ABANDONED_S:
             raise RunFailedError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mpq import service
@@ -16,16 +17,26 @@ from mpq.run_tables import run_table
 from mpq.store.query import RunQuery
 from mpq.store.records import EventRecord, JobRecord, RunPage, RunRecord, StageRecord
 from mpq.store.store import Store, open_store
+from mpq.submitted import Submitted, submitted
 
 _LOOK_S = 0.2
 
 
 class StoredRuns:
-    """Runs as `mpq.runs.Runs` has them; `storage` is as for `mpq.open_store`."""
+    """Runs as `mpq.runs.Runs` has them; `storage` and `ray` are as for `mpq.Client`."""
 
-    def __init__(self, storage: str | os.PathLike[str] | Store | None) -> None:
+    def __init__(
+        self, storage: str | os.PathLike[str] | Store | None, ray: str | None = None
+    ) -> None:
+        self._ray = ray
         self._owns = not isinstance(storage, Store)
         self.store = open_store(storage)
+
+    def checked(
+        self, job: JobSpec | Mapping[str, Any] | str | Path | None, parts: Mapping[str, Any]
+    ) -> Submitted:
+        """Return a job, its networks and batches kept by their digest."""
+        return submitted(self.store, job, parts)
 
     def submit(
         self,
@@ -36,8 +47,10 @@ class StoredRuns:
         tags: Sequence[str],
         user: str | None,
         queue: bool,
+        trusted: Sequence[str],
+        ray: str | None,
     ) -> str:
-        """Keep a job and, unless queued, start the process that drives it."""
+        """Keep a job and, unless queued, start the process or the Ray job that drives it."""
         run_id, _ = service.submit(
             self.store,
             spec,
@@ -46,6 +59,8 @@ class StoredRuns:
             priority=priority,
             tags=tags,
             queue=queue,
+            trusted=trusted,
+            ray=ray or (None if queue else self._ray),
         )
         return run_id
 
@@ -88,9 +103,9 @@ class StoredRuns:
         """Ask a run to stop."""
         return self.store.request_stop(run_id)
 
-    def resume(self, run_id: str) -> None:
-        """Let a process of its own go on with it."""
-        service.start_driver(self.store, run_id)
+    def resume(self, run_id: str, ray: str | None) -> None:
+        """Let a process of its own, or a Ray job, go on with it."""
+        service.start_driver(self.store, run_id, ray=ray)
 
     def delete_run(self, run_id: str) -> None:
         """Take a run out of the database."""

@@ -29,7 +29,8 @@ class JobSpec:
     the weights of a file, or is a Hugging Face directory or id "hf:name"; `calibration` and
     `held_out` return lists of batches; `sample` one batch of the shape that will be served
     (default: the first calibration sample alone), which MACs, memory while running and latency
-    are for. `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
+    are for; each of these may be "artifact:<digest>", an object that the database keeps.
+    `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
     and latency is their weighted mean in place of the sample's. `evaluate(model)` returns
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `divergence` compares outputs ("auto": cosine for outputs of unit length, else kl of logits).

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq.artifacts import restored
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
 from mpq.core.latency import KernelLatency
@@ -76,7 +77,7 @@ def deploy(
     check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
-    batches, missing = batches_of(spec, profiles, network.sample, network.calibration)
+    batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
     schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
     exported = runtime.export(network.model, result.graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
@@ -136,14 +137,14 @@ def deploy(
 
 def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) -> _Network:
     spec = result.store.run(result.run_id).spec
-    source = _or_entry_point(model, spec.model)
+    source = _or_kept(result, model, spec.model)
     if source is None:
         raise _missing("model", spec.model)
     network = load_model(source)
     _check_searched(network, result.graph)
-    found = load_batches(_or_entry_point(calibration, spec.calibration), "calibration")
+    found = load_batches(_or_kept(result, calibration, spec.calibration), "calibration")
     batches = () if found is None else check_batches("calibration", found)
-    served = load_batches(_or_entry_point(sample, spec.sample), "sample")
+    served = load_batches(_or_kept(result, sample, spec.sample), "sample")
     if served is None and spec.sample is not None:
         raise _missing("sample", spec.sample)
     if served is None and not batches:
@@ -151,8 +152,10 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
     return _Network(network, batches, cut(batches[0], 0, 1) if served is None else served)
 
 
-def _or_entry_point(given: Any, kept: str | None) -> Any:
-    return kept if given is None and kept is not None and not is_live(kept) else given
+def _or_kept(result: SearchResult, given: Any, kept: str | None) -> Any:
+    if given is not None or kept is None or is_live(kept):
+        return given
+    return restored(result.store, kept)
 
 
 def _missing(what: str, kept: str) -> InvalidInputError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mpq.artifacts import restored
 from mpq.core.deployment import ProfileTime
 from mpq.core.errors import unknown
 from mpq.core.formats import Scheme
@@ -25,6 +26,7 @@ from mpq.nn.batches import Batch, call, cut, describe
 from mpq.nn.patch import evaluating
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.profiles import profile_batches
+from mpq.store.store import Store
 
 if TYPE_CHECKING:
     from mpq.result import SearchResult
@@ -33,6 +35,7 @@ _PASS = "pass profiles={name: Profile(sample=...)}"
 
 
 def batches_of(
+    store: Store,
     spec: JobSpec,
     given: Mapping[str, Profile] | None,
     sample: Batch,
@@ -45,7 +48,7 @@ def batches_of(
     """
     found: dict[str, Batch] = {}
     missing = []
-    base = _job_sample(spec, sample, calibration)
+    base = _job_sample(store, spec, sample, calibration)
     for name, profile in (spec.profiles | given_profiles(given)).items():
         if name not in spec.profiles:
             raise unknown("profile", name, spec.profiles)
@@ -55,14 +58,19 @@ def batches_of(
         elif kept is None and base is None:
             missing.append(f"{name} is not timed: it was made of calibration batches, {_PASS}")
         else:
-            found |= profile_batches({name: profile}, lambda: base)
+            whole = replace(profile, sample=restored(store, kept))
+            found |= profile_batches({name: whole}, lambda: base)
     return found, missing
 
 
-def _job_sample(spec: JobSpec, sample: Batch, calibration: Sequence[Batch]) -> Batch | None:
+def _job_sample(
+    store: Store, spec: JobSpec, sample: Batch, calibration: Sequence[Batch]
+) -> Batch | None:
     if spec.sample is None:
         return cut(calibration[0], 0, 1) if calibration else None
-    return sample if is_live(spec.sample) else load_batches(spec.sample, "sample")
+    if is_live(spec.sample):
+        return sample
+    return load_batches(restored(store, spec.sample), "sample")
 
 
 def predicted_s(result: SearchResult, cost: str, device: str, fp32_s: float) -> float | None:

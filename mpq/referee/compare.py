@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mpq.artifacts import parts_of
 from mpq.auto import AUTO, known_metrics, measured_value, optimum
 from mpq.candidates import propose
 from mpq.core.errors import InfeasibleError, InvalidInputError
@@ -118,14 +119,13 @@ def compare_job(
         raise InvalidInputError(
             "budgets", "metrics are judged under budgets and the job has none: add one to it"
         )
-    keys = ("model", "calibration", "loss", "sample", "profiles")
-    live = {key: getattr(spec, key) for key in keys}
     asked = Asked.of(metrics, seconds, allocations)
     plain = JobSpec(model=spec.model, calibration=spec.calibration, budgets=spec.budgets)
     defaults: dict[str, Any] = {key: getattr(plain, key) for key in _OF_A_SEARCH}
     ignored = [key for key, value in defaults.items() if getattr(spec, key) != value]
     spec = replace(spec, **defaults | {"metric": AUTO})
     store = open_store(storage)
+    live = parts_of(store, spec)
     return _compare(spec, live, asked, _spread, store, progress or Silent(), ignored)
 
 

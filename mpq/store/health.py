@@ -83,7 +83,7 @@ def check_database(storage: str | os.PathLike[str] | None) -> list[Finding]:
             engine.dispose()
         if schema.state == "ok" and schema.found != "empty":
             with Store(make_engine(url)) as store:
-                found.append(_undriven(store))
+                found += [_undriven(store), _damaged(store)]
     return found
 
 
@@ -139,6 +139,18 @@ def _undriven(store: Store) -> Finding:
         f"{len(left)} runs are RUNNING without a driver: {some}",
         "go on with 'mpq resume RUN' or 'mpq drive', or end them with 'mpq stop RUN'",
     )
+
+
+def _damaged(store: Store) -> Finding:
+    from mpq.store import artifacts
+
+    with store._read() as session:
+        broken = list(artifacts.damaged(session))
+    if not broken:
+        return Finding("artifacts", "ok", "every object of a job is what its digest says")
+    said = "; ".join(broken[:_TOLD])
+    fix = "restore the last backup, or delete the runs that need them, 'mpq gc', and submit again"
+    return Finding("artifacts", "fail", said, fix)
 
 
 def _plain(url: URL) -> URL:

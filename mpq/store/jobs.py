@@ -113,9 +113,12 @@ def take(
     """Let a driver drive a run for some seconds; its own lease, or `instead_of`'s, is taken anew.
 
     A run that was stopped or has failed is pending again. Raises StorageError (`run_driven`) where
-    another one drives it, InvalidInputError where it is over for good.
+    another one drives it, InvalidInputError where it is over for good, or was stopped while the
+    driver was on its way.
     """
     state = _unfinished(session, run_id)
+    if state == RunState.STOPPED and instead_of is not None:
+        raise InvalidInputError("run_state", f"run {run_id} was stopped before its driver began")
     row = _lease(session, run_id)
     at = now(session)
     is_held = row.lease_until is not None and row.lease_until > at

@@ -1,4 +1,4 @@
-"""What may go: runs that ended long ago, and results of tasks that no run took since."""
+"""What may go: runs that ended long ago, and task results and artifacts that no run needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.jobs import ENDED
-from mpq.store import jobs
+from mpq.store import artifacts, jobs
 from mpq.store.address import sqlite_file
 from mpq.store.failures import one_line_errors
 from mpq.store.models import (
@@ -28,7 +28,7 @@ from mpq.store.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """What went, or would go: run ids and how many results of tasks, with their bytes.
+    """What went, or would go: run ids, how many results of tasks and artifacts, their bytes.
 
     Bytes are those of the stored values, without what the database needs around them: about
     what its file has free afterwards. `file_bytes` is the file with its log, before and after
@@ -39,6 +39,8 @@ class Removed:
     run_bytes: int
     partials: int
     partial_bytes: int
+    artifacts: int
+    artifact_bytes: int
     file_bytes: tuple[int, int] | None = None
 
 
@@ -50,11 +52,12 @@ def collect(
     dry_run: bool = False,
     vacuum: bool = False,
 ) -> Removed:
-    """Remove runs that ended longer ago than that, and partials that no run took since then.
+    """Remove runs that ended longer ago than that, and what no run needed since then.
 
     What is pending, running or driven stays, and with `keep_tagged` what has a tag. A partial
     has the key of its content and names no run, so it is kept or not by when a run last made or
-    took it; taking one out loses no answer, only the time to compute it again. `vacuum` gives
+    took it; taking one out loses no answer, only the time to compute it again. An artifact stays as
+    long as a run names it. `vacuum` gives
     the space of a SQLite file back to the disk, which needs as much free. Times are those of the
     database's clock. Raises InvalidInputError (`span`) for a negative span.
     """
@@ -76,6 +79,9 @@ def collect(
             going = [delete(RunRow).where(RunRow.id == run_id, *gone) for run_id in ids]
             ids = [i for one in going for i in session.scalars(one.returning(RunRow.id))]
             session.execute(delete(PartialRow).where(unused))
+        free = artifacts.unneeded(session, cutoff, without=ids if dry_run else (), lock=not dry_run)
+        if not dry_run:
+            free = {digest: free[digest] for digest in artifacts.remove(session, list(free))}
     after = None
     if path and before is not None and not dry_run:
         if vacuum:
@@ -86,6 +92,8 @@ def collect(
         run_bytes=run_bytes,
         partials=int(count),
         partial_bytes=int(partial_bytes),
+        artifacts=len(free),
+        artifact_bytes=sum(free.values()),
         file_bytes=None if before is None or after is None else (before, after),
     )
 

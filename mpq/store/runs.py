@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from mpq.core.errors import InvalidInputError, MpqError
 from mpq.core.jobs import ENDED, JobSpec, RunState, check_transition
+from mpq.store import artifacts
 from mpq.store.models import RunRow
 from mpq.store.patience import again, once
 from mpq.store.records import RunRecord
@@ -53,6 +54,7 @@ def create(session: Session, spec: JobSpec, device: str, mpq_version: str) -> st
             spec=spec,
         )
     )
+    artifacts.need(session, run_id, spec)
     return run_id
 
 

@@ -36,6 +36,7 @@ REVISIONS = (
     "0004_jobs",
     "0005_partial_use",
     "0006_api_tokens",
+    "0007_artifacts",
 )
 
 _LOCK = 0x6D7071  # PostgreSQL: whoever holds it creates or migrates

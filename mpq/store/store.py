@@ -38,6 +38,7 @@ from mpq.store import (
 )
 from mpq.store.access import Access
 from mpq.store.address import shown, sqlite_file, storage_url
+from mpq.store.artifacts import Artifacts
 from mpq.store.engine import make_engine, reading, writing
 from mpq.store.failures import one_line_errors
 from mpq.store.leases import Leases
@@ -71,7 +72,7 @@ def open_store(
 
 
 @patient
-class Store(Leases, Access):
+class Store(Leases, Artifacts, Access):
     """Everything a search finds, kept; may be used by several threads and processes at once.
 
     Each method is one transaction: it happens wholly or not at all. What is put twice replaces
