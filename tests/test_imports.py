@@ -22,7 +22,19 @@ PACKAGES = ("mpq", "sensitivity", "solvers", "hw_cost_models", "workers")
 # What the server shows, and with what.
 FACES = tuple(
     f"mpq.{name}"
-    for name in ("comparison", "datatable", "jobfile", "layer_use", "pins", "result", "run_tables")
+    for name in (
+        "additivity",
+        "comparison",
+        "datatable",
+        "export",
+        "jobfile",
+        "layer_use",
+        "pins",
+        "result",
+        "run_tables",
+        "stated",
+        "what_if",
+    )
 )
 WEB = ("anyio", "fastapi", "prometheus_client", "starlette", "uvicorn")
 
@@ -33,7 +45,7 @@ RULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mpq.store": (("mpq.core", "mpq.store"), ("numpy", "sqlalchemy", "alembic", "pydantic")),
     "mpq.dashboard": (
         ("mpq.core", "mpq.store", "mpq.service", "mpq.dashboard", "solvers", *FACES),
-        (*WEB, "jinja2", "pydantic", "typer"),
+        (*WEB, "jinja2", "markupsafe", "numpy", "pydantic", "typer"),
     ),
     "mpq.packing": (
         ("mpq.core", "mpq.packing", "mpq.trust"),
