@@ -7,7 +7,17 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from mpq.dashboard import health, login, pages_run, pages_runs, problems
+from mpq.dashboard import (
+    health,
+    login,
+    pages_compare,
+    pages_kernels,
+    pages_layers,
+    pages_new,
+    pages_run,
+    pages_runs,
+    problems,
+)
 from mpq.dashboard.loaded import LoadedRuns
 from mpq.dashboard.security import Guard
 from mpq.dashboard.settings import Settings
@@ -15,7 +25,16 @@ from mpq.dashboard.site import Site
 from mpq.store.store import Store
 
 STATIC = Path(__file__).with_name("static")
-ROUTES = (health.routes, login.routes, pages_runs.routes, pages_run.routes)  # routers of a Site
+ROUTES = (  # routers of a Site
+    health.routes,
+    login.routes,
+    pages_runs.routes,
+    pages_run.routes,
+    pages_compare.routes,
+    pages_layers.routes,
+    pages_kernels.routes,
+    pages_new.routes,
+)
 
 
 def create_app(store: Store, settings: Settings | None = None) -> FastAPI:
