@@ -22,6 +22,8 @@ from mpq.store.store import Store
 MOST_RUNS = 6
 ROWS = 200  # of layers on one page
 Shown = Literal["differing", "all"]
+_PLOT_PX, _LEGEND_PX = 330, 22
+_TIMES = 10.0  # a ratio from here on is no percentage
 _COUNTED = {"predicted": "predicted loss", "gap": "gap to the proven bound"}
 
 
@@ -31,7 +33,6 @@ class ComparedRun:
 
     id: str
     name: str
-    model: str
     colour: str
     strip: Strip
 
@@ -68,6 +69,7 @@ class CompareView:
     """Everything that the comparison shows but its plot; `rows` are one page of `wanted`."""
 
     runs: tuple[ComparedRun, ...]
+    models: tuple[str, ...]
     settings: tuple[TextRow, ...]
     totals: tuple[NumberRow, ...]
     measured: tuple[NumberRow, ...]
@@ -90,12 +92,13 @@ def compare_view(
     wanted = order if shown == "all" else tuple(name for name in order if name in found.layers)
     pages = max(math.ceil(len(wanted) / ROWS), 1)
     page = min(max(page, 1), pages)
+    models = [store.run(run_id).spec.model for run_id in found.runs]
     return CompareView(
+        models=tuple(dict.fromkeys(models)),
         runs=tuple(
             ComparedRun(
                 id=run_id,
                 name=name,
-                model=store.run(run_id).spec.model,
                 colour=colour,
                 strip=strip(order, one),
             )
@@ -122,7 +125,11 @@ def compare_view(
         wanted=len(wanted),
         page=page,
         pages=pages,
-        costs={name: found.units_of_measure[name] for name in found.totals if name not in _COUNTED},
+        costs={
+            name: found.units_of_measure.get(name, "")
+            for name in found.totals
+            if name not in _COUNTED
+        },
     )
 
 
@@ -187,9 +194,13 @@ def _changes(values: Sequence[float]) -> tuple[str, ...]:
     first = values[0]
     if not math.isfinite(first) or first == 0:
         return ("",) * len(values)
-    shares = [value / first - 1 for value in values]
-    told = [f"{100 * share:+.3g} %" if math.isfinite(share) else "" for share in shares]
-    return ("", *told[1:])
+    return ("", *(_change(value / first) for value in values[1:]))
+
+
+def _change(ratio: float) -> str:
+    if not math.isfinite(ratio):
+        return ""
+    return f"× {ratio:.3g}" if ratio >= _TIMES else f"{100 * (ratio - 1):+.3g} %"
 
 
 def frontiers_figure(
@@ -205,15 +216,15 @@ def frontiers_figure(
     scale, size = axis_scale(max(ends), unit)
     data, told = [], []
     for number, run in enumerate(view.runs):
-        label = verbatim(f"{run.name or 'search'} {run.id}")
-        hover = f"{label}<br>%{{x:.4g}} {scale}<br>loss %{{y:.4g}}<extra></extra>"
+        label = verbatim(_named(run))
+        hover = f"%{{fullData.name}}<br>%{{x:.4g}} {scale}<br>loss %{{y:.4g}}<extra></extra>"
         line = {"color": run.colour, "dash": colours.DASHES[number], "shape": "hv"}
         solutions = frontiers[run.id].solutions if run.id in frontiers else ()
         points = [(s.totals[cost], s.score) for s in solutions if s.totals and s.score > 0]
         if points:
             told.append(_span(run, points, unit))
         else:
-            told.append(f"{run.name or run.id} has no frontier")
+            told.append(f"{_named(run)} has none")
         data.append(
             {
                 "name": label,
@@ -237,7 +248,7 @@ def frontiers_figure(
                 "marker": {"color": run.colour, "symbol": colours.SYMBOLS[number], "size": 12},
                 "legendgroup": run.id,
                 "showlegend": not points and is_drawn,
-                "hovertemplate": "chosen: " + hover,
+                "hovertemplate": hover,
             }
         )
     layout = {
@@ -249,12 +260,17 @@ def frontiers_figure(
         },
     }
     text = f"Predicted loss against {cost}; the marks are the chosen allocations. {'; '.join(told)}"
-    return Figure(data=data, layout=layout, text=f"{text}.")
+    height = _PLOT_PX + _LEGEND_PX * len(view.runs)
+    return Figure(data=data, layout=layout, text=f"{text}.", height=height)
+
+
+def _named(run: ComparedRun) -> str:
+    return f"{run.name or 'search'} {run.id}"
 
 
 def _span(run: ComparedRun, points: Sequence[tuple[float, float]], unit: str) -> str:
     (least, worst), (most, best) = points[0], points[-1]
     return (
-        f"{run.name or run.id}: from {worst:.3g} at {amount(least, unit)} to {best:.3g} at "
+        f"{_named(run)} from {worst:.3g} at {amount(least, unit)} to {best:.3g} at "
         f"{amount(most, unit)}"
     )

@@ -92,11 +92,14 @@ def _unit(found: DryRun, cost: str) -> str:
 
 def _said(found: DryRun) -> list[str]:
     counts = Counter(len(unit.schemes) for unit in found.units)
-    choices = ", ".join(f"{units} with {n}" for n, units in sorted(counts.items(), reverse=True))
+    choices = ", ".join(
+        f"{units} with {n} scheme{'s' if n > 1 else ''}"
+        for n, units in sorted(counts.items(), reverse=True)
+    )
     power = sum(math.log10(len(unit.schemes)) for unit in found.units)
     told = [
         f"{found.searched_layers} of {found.layers} layers are searched, in {len(found.units)} "
-        f"units by their number of schemes: {choices}. That is 10^{power:.0f} allocations of "
+        f"units: {choices} each. That is 10^{power:.0f} allocations of "
         f"{found.searched_weights:,} weights.",
         f"{found.cells} cells are scored on {found.samples} calibration samples in "
         f"{found.batches} {'batch' if found.batches == 1 else 'batches'}.",

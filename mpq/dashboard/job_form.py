@@ -95,7 +95,7 @@ def texts_of(spec: JobSpec) -> dict[str, str]:
 
 
 def _written(field: Field, value: Any) -> str:
-    if value in (None, False, "", (), [], {}):
+    if value is None or value is False or value in ("", (), [], {}):
         return ""
     match field.kind:
         case "lines":
@@ -127,12 +127,19 @@ def priority_of(texts: Texts) -> int:
     return int(text)
 
 
-def mistake(error: MpqError) -> Mistake:
-    """Return an error with the key that it is of: its line begins with it, or its code is it."""
+def mistake(error: MpqError, texts: Texts) -> Mistake:
+    """Return an error with the key that it is of.
+
+    Its line begins with the key, its code is it, or the text of the key holds what it quotes.
+    """
     message = masked_text(str(error)).removeprefix("job: ")
     first = re.match(r"[^\w]*(\w+)", message)
     words = (first[1] if first else "", error.code.removeprefix("unknown_"))
-    key = next(_matching(words, (*all_fields(), TAGS, PRIORITY)), "")
+    keys = (*all_fields(), TAGS, PRIORITY)
+    key = next(_matching(words, keys), "")
+    quoted = re.search(r"'([^']+)'", message)
+    if not key and quoted:
+        key = next((k for k in keys if quoted[1] in texts.get(k, "")), "")
     return Mistake(key=key, message=message)
 
 

@@ -184,7 +184,9 @@ def _figure(shapes: Sequence[ShapeView]) -> Figure | None:
                 "y": [verbatim(_short(title)) for _, title in points],
                 "mode": "markers",
                 "marker": {
-                    "symbol": colours.SYMBOLS[number % len(colours.SYMBOLS)],
+                    "symbol": colours.SYMBOLS[number % len(colours.SYMBOLS)]
+                    if bits
+                    else "circle-open",
                     "size": 12,
                     "color": colours.of_number(bits) if bits else colours.OUTLINE,
                     "line": {"color": colours.OUTLINE, "width": 1.5},

@@ -84,7 +84,7 @@ def routes(site: Site) -> APIRouter:
         except StorageError:
             raise
         except MpqError as error:
-            return _form(site, texts, mistake(error), problem_of(error).status_code)
+            return _form(site, texts, mistake(error, texts), problem_of(error).status_code)
 
     def _tried(spec: JobSpec) -> DryRun:
         if not dry.acquire(timeout=_WAIT_S):
@@ -124,7 +124,12 @@ def _form(
     status: int = 200,
     found: DryRun | None = None,
 ) -> Response:
-    shown = {key: text for key, text in texts.items() if key in _keys() and text.strip()}
+    defaults = {key: field.default for key, field in all_fields().items()}
+    shown = {
+        key: text
+        for key, text in texts.items()
+        if key in _keys() and text.strip() and text != defaults.get(key)
+    }
     context: dict[str, Any] = {
         "sections": sections(),
         "texts": shown,
