@@ -166,12 +166,14 @@ class Hardware:
         return found | self._with_mean(self._times(self._graphs(graph), cells))
 
     def tables_at_hand(self, graph: LayerGraph, cells: Cells) -> tuple[dict[str, CostTable], int]:
-        """Return what of `tables` needs no measurement, and how many kernels are not timed yet."""
-        if self.times_matter and self._model is None:
-            untimed = self._measuring().untimed(self._graphs(graph), cells)
-            if untimed:
-                return self._counted(graph, cells), untimed
-        return self.tables(graph, cells), 0
+        """Return what of `tables` needs no measurement, and how many kernels have no time yet."""
+        if not self.times_matter or self._model is not None:
+            return self.tables(graph, cells), 0
+        found, graphs, times = self._counted(graph, cells), self._graphs(graph), self._measuring()
+        untimed = times.untimed(graphs, cells)
+        if untimed:
+            return found, untimed
+        return found | self._with_mean(times.known_tables(graphs, cells)), 0
 
     def _graphs(self, graph: LayerGraph) -> dict[str, LayerGraph]:
         """Return the network as each profile runs it, or as the sample does."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph
 from mpq.core.limits import Limit
 from mpq.core.problem import Budget, BudgetText, Problem
+from mpq.core.provenance import cost_label
 from mpq.core.risk import risk_of
 from mpq.core.tables import Cells, CostTable, SensitivityTable
 from mpq.costing import Hardware
@@ -77,6 +80,7 @@ def dry_run(spec: JobSpec, store: Store) -> DryRun:
         ),
         infeasible=_infeasible(cells, costs, resolved, spec.risk),
         untimed=untimed,
+        of_kernels=any(t.provenance.startswith("measured ") for t in costs.values()),
         device=hardware.device,
         left_out=(
             *(f"{part.name}: {part.reason}" for part in graph.unsearched),
@@ -100,6 +104,7 @@ def _units(graph: LayerGraph, cells: Cells) -> tuple[UnitChoices, ...]:
 def _range(table: CostTable) -> CostRange:
     begins = table.cells.offsets[:-1]
     return CostRange(
+        label=cost_label(table),
         unit=table.unit,
         least=table.fixed + float(np.minimum.reduceat(table.values, begins).sum()),
         most=table.fixed + float(np.maximum.reduceat(table.values, begins).sum()),
@@ -140,14 +145,18 @@ def main() -> None:
 
     The database is that of MPQ_STORAGE.
     """
-    answer, sys.stdout = sys.stdout, sys.stderr  # what a user's modules print is no answer
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)  # what a user's modules print is no answer
+        json.dump(_answer(json.load(sys.stdin)), answer)
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     try:
         with open_store(None) as store:
-            found = {"found": asdict(dry_run(parse_job(json.load(sys.stdin)), store))}
+            return {"found": asdict(dry_run(parse_job(job), store))}
     except MpqError as error:
-        found = {"error": {"code": error.code, "message": str(error)}}
-    json.dump(found, answer)
+        return {"error": {"code": error.code, "message": str(error)}}
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def dry_run(store: Store, spec: JobSpec, timeout_s: float = 60.0) -> DryRun:
             f"the network is not loaded and traced after {timeout_s:g} s: submit the job without "
             "a dry run",
         ) from None
-    if process.returncode:
+    if process.returncode or not process.stdout:
         said = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         raise RunFailedError("dry_run", f"the dry run failed: {said[0][:300]}")
     answer = json.loads(process.stdout)

@@ -34,6 +34,7 @@ class UniformTotals:
 class CostRange:
     """What allocations cost at least and at most, and the network as it is (0: not known)."""
 
+    label: str
     unit: str
     least: float
     most: float
@@ -55,7 +56,8 @@ class DryRun:
 
     `cells` are what will be scored, on `samples` calibration samples in `batches`. `infeasible`
     tells which budgets cannot be met together, "" where they can as far as is known; `untimed`
-    counts kernels that the run times first. `left_out` tells what is not searched or offered.
+    counts kernels that the run times first. With `of_kernels` measured times are sums of kernels,
+    without the rest of the network. `left_out` tells what is not searched or offered.
     """
 
     layers: int
@@ -71,5 +73,6 @@ class DryRun:
     budgets: tuple[BudgetFound, ...]
     infeasible: str
     untimed: int
+    of_kernels: bool
     device: str
     left_out: tuple[str, ...]

@@ -55,12 +55,12 @@ def dry_run_view(found: DryRun) -> DryRunView:
         said=tuple(_said(found)),
         costs=tuple(
             CostHead(
-                name=name,
+                name=cost.label,
                 least=amount(cost.least, cost.unit),
                 most=amount(cost.most, cost.unit),
                 baseline=amount(cost.baseline, cost.unit) if cost.baseline else "–",
             )
-            for name, cost in found.costs.items()
+            for cost in found.costs.values()
         ),
         uniforms=tuple(
             UniformRow(
@@ -110,9 +110,13 @@ def _said(found: DryRun) -> list[str]:
         told.append("The budgets that are known can be met; those on measured times are not known.")
     elif found.budgets:
         told.append("The budgets can be met.")
+    if found.of_kernels:
+        told.append(
+            "Measured times are sums of kernels that were timed before; the run adds what the rest "
+            "of the network takes, so budgets on them move."
+        )
     if found.untimed:
         told.append(
-            f"{found.untimed} kernels have no good time on {found.device} yet: the run times them "
-            "first."
+            f"{found.untimed} kernels have no time on {found.device} yet: the run times them first."
         )
     return told
