@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from mpq.core.formats import Scheme
@@ -23,6 +24,7 @@ def of_bits(scheme: Scheme) -> str:
     return of_number(scheme.weights.bits)
 
 
+@functools.cache
 def of_number(bits: float) -> str:
     """Return the colour of a number of bits, on a logarithmic scale."""
     share = math.log2(min(max(bits, _FEW), _MANY) / _FEW) / math.log2(_MANY / _FEW)
