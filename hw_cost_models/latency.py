@@ -86,12 +86,29 @@ class MeasuredLatency:
 
         The graphs are one network on samples of several shapes.
         """
-        served = {
+        served = self._served(graphs)
+        self._measure([one for given in served.values() for one in self._wanted(*given, cells)])
+        return self.known_tables(graphs, cells)
+
+    def untimed(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> int:
+        """Return how many kernels have no time yet that `tables` needs."""
+        served = self._served(graphs).values()
+        wanted = [one for given in served for one in self._wanted(*given, cells)]
+        cases = {backend.case(layer, scheme) for backend, layer, scheme in wanted}
+        return len(cases - self.latencies.keys())
+
+    def known_tables(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
+        """Return `tables` of the times that are known, noisy ones too; none may be missing."""
+        served = self._served(graphs)
+        return {name: self._table(name, *given, cells) for name, given in served.items()}
+
+    def _served(
+        self, graphs: Mapping[str, LayerGraph]
+    ) -> dict[str, tuple[KernelBackend, LayerGraph]]:
+        return {
             name: (self._backend(network_weights=_size(graph)), graph)
             for name, graph in graphs.items()
         }
-        self._measure([one for given in served.values() for one in self._wanted(*given, cells)])
-        return {name: self._table(name, *given, cells) for name, given in served.items()}
 
     def _wanted(self, backend: KernelBackend, graph: LayerGraph, cells: Cells) -> list[_Wanted]:
         units = _layers_by_unit(graph)

@@ -160,6 +160,27 @@ class Hardware:
         profile, and "latency". Kernels already timed on this device are read from the database;
         each new time is in it as soon as it is known.
         """
+        found = self._counted(graph, cells)
+        if not self.times_matter:
+            return found
+        return found | self._with_mean(self._times(self._graphs(graph), cells))
+
+    def tables_at_hand(self, graph: LayerGraph, cells: Cells) -> tuple[dict[str, CostTable], int]:
+        """Return what of `tables` needs no measurement, and how many kernels have no time yet."""
+        if not self.times_matter or self._model is not None:
+            return self.tables(graph, cells), 0
+        found, graphs, times = self._counted(graph, cells), self._graphs(graph), self._measuring()
+        untimed = times.untimed(graphs, cells)
+        if untimed:
+            return found, untimed
+        return found | self._with_mean(times.known_tables(graphs, cells)), 0
+
+    def _graphs(self, graph: LayerGraph) -> dict[str, LayerGraph]:
+        """Return the network as each profile runs it, or as the sample does."""
+        graphs = {name: with_ranges(one.graph, graph) for name, one in self._served.items()}
+        return graphs or {LATENCY: graph}
+
+    def _counted(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
         names = [*_ALWAYS, *(name for name in _WHERE_NAMED if name in self._named)]
         tables = [get_cost_model(name).table(graph, cells) for name in names]
         tables += [
@@ -167,11 +188,7 @@ class Hardware:
             for name in _WHILE_RUNNING
             if name in self._named
         ]
-        found = {table.name: table for table in tables}
-        if not self.times_matter:
-            return found
-        graphs = {name: with_ranges(one.graph, graph) for name, one in self._served.items()}
-        return found | self._with_mean(self._times(graphs or {LATENCY: graph}, cells))
+        return {table.name: table for table in tables}
 
     def _times(self, graphs: Mapping[str, LayerGraph], cells: Cells) -> dict[str, CostTable]:
         model = self._model
@@ -271,18 +288,21 @@ class Hardware:
                     done += 1
                     advance()
 
-            self._kernel_times = MeasuredLatency(
-                hardware=self._hardware,
-                num_threads=_NUM_THREADS,
-                budget_s=self._seconds,
-                known=self._store.kernel_latencies(self.device),
-                save=self._store.put_kernel_latency,
-                seed=self._seed,
-                progress=listen,
-            )
+            self._kernel_times = self._measuring(listen)
             tables = self._kernel_times.tables(graphs, cells)
             listen(1.0)
         return tables
+
+    def _measuring(self, listen: Callable[[float], None] | None = None) -> MeasuredLatency:
+        return MeasuredLatency(
+            hardware=self._hardware,
+            num_threads=_NUM_THREADS,
+            budget_s=self._seconds,
+            known=self._store.kernel_latencies(self.device),
+            save=self._store.put_kernel_latency,
+            seed=self._seed,
+            progress=listen,
+        )
 
 
 def _without_kernel(layer: Layer) -> tuple[Scheme, ...]:

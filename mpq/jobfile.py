@@ -52,6 +52,14 @@ def job_schema() -> str:
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
+def job_names() -> dict[str, tuple[str, ...]]:
+    """Return the names that a key of a job knows, where it knows any."""
+    from sensitivity import METRICS
+    from solvers import SOLVERS
+
+    return {"metric": ("auto", *METRICS), "solver": tuple(dict.fromkeys(("auto", *SOLVERS)))}
+
+
 def _json(text: str) -> Any:
     """Read JSON in which no key may appear twice, as in TOML."""
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpq.core.dry_run import DryRun
 from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
@@ -131,6 +132,39 @@ def _check(spec: JobSpec, submission_id: str | None, priority: int, tags: Sequen
         )
     if isinstance(tags, str) or not all(isinstance(t, str) and t.strip() for t in tags):
         raise InvalidInputError("tags", f"tags is a list of words, got {tags!r}")
+
+
+def dry_run(store: Store, spec: JobSpec, timeout_s: float = 60.0) -> DryRun:
+    """Return what a job would search, found by a process of its own that loads its network.
+
+    Raises InvalidInputError for a job that could not begin, RunFailedError (`dry_run`) where that
+    process failed or took longer than `timeout_s`.
+    """
+    import pydantic
+
+    url = store.url.render_as_string(hide_password=False)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "mpq.dry_run"],
+            input=json.dumps(dataclasses.asdict(spec)),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**_environment(), "MPQ_STORAGE": url},
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailedError(
+            "dry_run",
+            f"the network is not loaded and traced after {timeout_s:g} s: submit the job without "
+            "a dry run",
+        ) from None
+    if process.returncode or not process.stdout:
+        said = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        raise RunFailedError("dry_run", f"the dry run failed: {said[0][:300]}")
+    answer = json.loads(process.stdout)
+    if "error" in answer:
+        raise InvalidInputError(**answer["error"])
+    return pydantic.TypeAdapter(DryRun).validate_python(answer["found"])
 
 
 def start_driver(

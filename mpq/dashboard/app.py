@@ -16,6 +16,10 @@ from mpq.dashboard import (
     health,
     login,
     openapi,
+    pages_compare,
+    pages_kernels,
+    pages_layers,
+    pages_new,
     pages_run,
     pages_run_views,
     pages_runs,
@@ -39,6 +43,10 @@ ROUTES = (  # each makes a router of a Site
     pages_runs.routes,
     pages_run.routes,
     pages_run_views.routes,
+    pages_compare.routes,
+    pages_layers.routes,
+    pages_kernels.routes,
+    pages_new.routes,
 )
 
 

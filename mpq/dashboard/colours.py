@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from mpq.core.formats import Scheme
@@ -9,14 +10,24 @@ from mpq.core.formats import Scheme
 # Anchors of cividis (Nuñez, Anderton and Renslow 2018): even in lightness, blue to yellow.
 CIVIDIS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369",
            "#e1cc55", "#fee838")  # fmt: skip
+# Of runs side by side: 3:1 or more on the pages of both themes, told by dash and symbol as well.
+RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a67c00", "#8c8c8c")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+OUTLINE = "#8a8a8a"  # around what is filled with a colour of CIVIDIS: its ends fade into a theme
 EFFECTS = ((0.0, "#2166ac"), (0.5, "#f7f7f7"), (1.0, "#b35806"))  # cancels, none, reinforces
 _FEW, _MANY = 1.0, 16.0  # bits at the ends of the scale
 
 
 def of_bits(scheme: Scheme) -> str:
-    """Return the colour of a scheme by the bits of its weights, on a logarithmic scale."""
-    bits = min(max(scheme.weights.bits, _FEW), _MANY)
-    return at(math.log2(bits / _FEW) / math.log2(_MANY / _FEW))
+    """Return the colour of a scheme by the bits of its weights."""
+    return of_number(scheme.weights.bits)
+
+
+@functools.cache
+def of_number(bits: float) -> str:
+    """Return the colour of a number of bits, on a logarithmic scale."""
+    return at(math.log2(min(max(bits, _FEW), _MANY) / _FEW) / math.log2(_MANY / _FEW))
 
 
 def at(share: float) -> str:

@@ -9,10 +9,10 @@ from fastapi.responses import HTMLResponse
 
 from mpq.dashboard.checks_view import checks_view, losses_figure
 from mpq.dashboard.export_view import job_json, python_again, targets
-from mpq.dashboard.layers_view import layers_view
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.pages_run import TABS, loaded_or_none
 from mpq.dashboard.pairs_view import map_of, pairs_of
+from mpq.dashboard.run_layers_view import layers_view
 from mpq.dashboard.sensitivity_view import heat_map, sensitivity_view
 from mpq.dashboard.site import Site
 from mpq.dashboard.templating import page

@@ -53,3 +53,14 @@ def layer_counts(store: Store, query: RunQuery) -> LayerCounts:
     return LayerCounts(
         runs=sum(row[1] for row in models), models=tuple(row[0] for row in models), counts=counts
     )
+
+
+def counted_models(store: Store) -> dict[str, int]:
+    """Return the models of runs that have a result with how many they have, by name."""
+    with_result = (SolutionRow.label == CHOSEN, SolutionRow.totals.is_not(None))
+    of_runs = select(RunRow.model, func.count()).join(SolutionRow, SolutionRow.run_id == RunRow.id)
+    with store._read() as session:
+        rows = session.execute(
+            of_runs.where(*with_result).group_by(RunRow.model).order_by(RunRow.model)
+        ).all()
+    return {row[0]: row[1] for row in rows}
