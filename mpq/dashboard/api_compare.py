@@ -17,6 +17,7 @@ from mpq.dashboard.problems import told
 from mpq.dashboard.site import Site
 from mpq.layer_use import layer_uses
 from mpq.run_tables import kernels_table
+from mpq.store.timed_devices import timed_devices
 
 _MOST = 20
 
@@ -75,7 +76,7 @@ def routes(site: Site) -> APIRouter:
     @router.get("/kernels", response_model=TableView)
     def kernels(device: Annotated[str | None, Query(max_length=2000)] = None) -> Any:
         """Return the measured times of kernels, of one device or of all."""
-        known = store.kernel_devices()
+        known = [found.device for found in timed_devices(store)]
         if device is not None and device not in known:
             raise InvalidInputError("not_stored", f"no kernel was timed on {device[:200]!r}")
         return told_table(kernels_table(store, known if device is None else [device]))

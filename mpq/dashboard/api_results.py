@@ -10,6 +10,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.dashboard.api_runs import PREFIX
 from mpq.dashboard.files import FileSuffix, TableView, sent, told_table
 from mpq.dashboard.problems import told
+from mpq.dashboard.question import Question, asked_solution, solvable, trade_off
 from mpq.dashboard.site import ResultOf, RunId, Site, asker
 from mpq.dashboard.views_results import (
     FrontierView,
@@ -22,7 +23,6 @@ from mpq.dashboard.views_results import (
     surface_view,
     units_view,
 )
-from mpq.dashboard.whatif import Problems, Question, answer, trade_off
 from mpq.result import KEPT_POINTS
 from mpq.run_tables import run_table
 
@@ -36,7 +36,6 @@ def routes(site: Site) -> APIRouter:
         prefix=f"{PREFIX}/runs/{{run}}", tags=["results"], responses=told(304, 409, 413, 429)
     )
     store = site.store
-    problems = Problems(store, site.settings.solve_cells)
 
     @router.get("/units")
     def units(run_id: ResultOf) -> UnitsView:
@@ -64,7 +63,8 @@ def routes(site: Site) -> APIRouter:
         found = store.frontier(run_id, cost) if points == KEPT_POINTS else None
         if found is None:
             site.solves.take(who)
-            found = site.solving.run(lambda: trade_off(store, problems, run_id, cost, points))
+            run = solvable(site.loaded.get(run_id), site.settings.solve_cells)
+            found = site.solving.run(lambda: trade_off(run, cost, points))
         return frontier_view(found, store.graph(run_id) if allocations else None)
 
     @router.get("/surface")
@@ -84,8 +84,9 @@ def routes(site: Site) -> APIRouter:
         Where nothing fits, the status is "infeasible" and `infeasibility` says what would.
         """
         site.solves.take(who)
-        graph, found = site.solving.run(lambda: answer(store, problems, run_id, question))
-        return solution_view(found, "asked", graph)
+        run = solvable(site.loaded.get(run_id), site.settings.solve_cells)
+        found = site.solving.run(lambda: asked_solution(run, question))
+        return solution_view(found, "asked", run.graph)
 
     @router.get("/{table}.{suffix}", response_class=Response)
     def table_file(run_id: ResultOf, table: TableName, suffix: FileSuffix) -> Response:

@@ -32,7 +32,7 @@ from mpq.dashboard.job_form import (
     texts_of,
 )
 from mpq.dashboard.problems import ProblemError, problem_of
-from mpq.dashboard.site import Site
+from mpq.dashboard.site import Site, asker
 from mpq.dashboard.templating import page
 from mpq.service import dry_run, submit
 from mpq.store.records import TokenRecord
@@ -71,6 +71,7 @@ def routes(site: Site) -> APIRouter:
             raise ProblemError(422, "form", f"a form has at most {_MOST_FIELDS} fields") from None
         texts = {key: values[-1] for key, values in given.items()}
         token: TokenRecord | None = request.state.token
+        site.submits.take(asker(request))
         return await run_in_threadpool(_answer, texts, token)
 
     def _answer(texts: dict[str, str], token: TokenRecord | None) -> Response:

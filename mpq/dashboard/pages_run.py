@@ -12,6 +12,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Solution
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.plain import finite_json
+from mpq.dashboard.question import solvable
 from mpq.dashboard.run_view import overview
 from mpq.dashboard.site import Site, asker
 from mpq.dashboard.templating import page
@@ -76,7 +77,7 @@ def routes(site: Site) -> APIRouter:
         """Answer a slider that moves, and with `proof` one that rests."""
         began = time.perf_counter()
         (site.solves if proof else site.moves).take(who)
-        run = site.loaded.get(run_id)
+        run = solvable(site.loaded.get(run_id), site.settings.solve_cells)
         asked = Asked(budgets=tuple(budget or ()), pins=tuple(pin or ()), risk=risk)
         solved = proven_answer if proof else _near_stored
         solution = site.solving.run(lambda: solved(run, asked))
@@ -94,7 +95,7 @@ def routes(site: Site) -> APIRouter:
     ) -> HTMLResponse:
         """Tell what the budgets are worth, as a part of the overview."""
         site.solves.take(who)
-        run = site.loaded.get(run_id)
+        run = solvable(site.loaded.get(run_id), site.settings.solve_cells)
         asked = Asked(budgets=tuple(budget or ()), pins=tuple(pin or ()), risk=risk)
         is_stored = budget is None and pin is None and risk is None
         stored = run.chosen if is_stored else None

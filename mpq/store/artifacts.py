@@ -13,8 +13,8 @@ from sqlalchemy import delete, exists, func, insert, select, update
 from mpq.core.errors import InvalidInputError, StorageError
 from mpq.core.jobs import JobSpec
 from mpq.core.live import artifact_digest
+from mpq.store.artifact_models import ArtifactChunkRow, ArtifactRow, RunArtifactRow
 from mpq.store.conflict import insert_into
-from mpq.store.models import ArtifactChunkRow, ArtifactRow, RunArtifactRow
 from mpq.store.patience import Patience, patient
 
 if TYPE_CHECKING:

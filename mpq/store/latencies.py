@@ -27,11 +27,6 @@ def get(session: Session, device: str) -> dict[KernelCase, KernelLatency]:
     return found
 
 
-def devices(session: Session) -> list[str]:
-    """Return the devices that have times."""
-    return sorted(session.scalars(select(KernelLatencyRow.device).distinct()))
-
-
 def put(session: Session, latency: KernelLatency) -> None:
     """Keep a time in place of an earlier one of the same kernel, shape and device."""
     measured = {

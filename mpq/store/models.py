@@ -28,7 +28,7 @@ from mpq.core.problem import Budget, Infeasibility
 from mpq.core.tables import PAIRS_TRUSTED
 from mpq.store.columns import Json, NanDouble, PlainText, UtcTime
 
-_OfRun = Annotated[str, mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))]
+OfRun = Annotated[str, mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))]
 
 
 class Base(DeclarativeBase):
@@ -82,7 +82,7 @@ class JobRow(Base):
 
     __tablename__ = "jobs"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     submission_id: Mapped[str | None] = mapped_column(unique=True)
     body: Mapped[str] = mapped_column(String(64))
     owner: Mapped[str] = mapped_column(index=True)
@@ -100,7 +100,7 @@ class TagRow(Base):
 
     __tablename__ = "run_tags"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     tag: Mapped[str] = mapped_column(primary_key=True, index=True)
 
 
@@ -109,7 +109,7 @@ class ProgressRow(Base):
 
     __tablename__ = "progress"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     stage: Mapped[str] = mapped_column(primary_key=True)
     position: Mapped[int]
     done: Mapped[int]
@@ -122,7 +122,7 @@ class UnitRow(Base):
 
     __tablename__ = "units"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     position: Mapped[int]
     layers: Mapped[tuple[str, ...]] = mapped_column(Json(tuple[str, ...]))
@@ -135,7 +135,7 @@ class ScoreRow(Base):
     __tablename__ = "scores"
     __table_args__ = ({"sqlite_with_rowid": False},)
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     metric: Mapped[str] = mapped_column(primary_key=True)
     unit: Mapped[str] = mapped_column(primary_key=True)
     scheme: Mapped[str] = mapped_column(primary_key=True)
@@ -149,7 +149,7 @@ class CostRow(Base):
 
     __tablename__ = "costs"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     unit_of_measure: Mapped[str]
     fixed: Mapped[float]
@@ -211,7 +211,7 @@ class ResponsesRow(Base):
 
     __tablename__ = "responses"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     cells: Mapped[ResponseAxis] = mapped_column(Json(ResponseAxis))
     array: Mapped[bytes]
 
@@ -255,7 +255,7 @@ class SolutionRow(Base):
     __table_args__ = (UniqueConstraint("run_id", "label"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    run_id: Mapped[_OfRun]
+    run_id: Mapped[OfRun]
     label: Mapped[str]
     status: Mapped[str] = mapped_column(index=True)
     solver: Mapped[str]
@@ -288,7 +288,7 @@ class FrontierRow(Base):
 
     __tablename__ = "frontiers"
 
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
+    run_id: Mapped[OfRun] = mapped_column(primary_key=True)
     costs: Mapped[str] = mapped_column(primary_key=True)
     complete: Mapped[bool]
     grid: Mapped[tuple[tuple[float, ...], ...]] = mapped_column(Json(tuple[tuple[float, ...], ...]))
@@ -327,7 +327,7 @@ class EvaluationRow(Base):
     __table_args__ = (UniqueConstraint("run_id", "candidate", "split"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    run_id: Mapped[_OfRun]
+    run_id: Mapped[OfRun]
     candidate: Mapped[str]
     split: Mapped[str]
     divergence: Mapped[str]
@@ -366,42 +366,7 @@ class EventRow(Base):
     __table_args__ = (Index(None, "run_id", "id"), {"sqlite_autoincrement": True})
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    run_id: Mapped[_OfRun]
+    run_id: Mapped[OfRun]
     at: Mapped[datetime]
     kind: Mapped[str]
     message: Mapped[str]
-
-
-class ArtifactRow(Base):
-    """An object that jobs name by the digest (SHA-256) of its bytes; all runs share it."""
-
-    __tablename__ = "artifacts"
-
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    kind: Mapped[str]
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    created_at: Mapped[datetime]
-    used_at: Mapped[datetime] = mapped_column(index=True)
-
-
-class ArtifactChunkRow(Base):
-    """A part of an artifact, in the order of `position`."""
-
-    __tablename__ = "artifact_chunks"
-
-    digest: Mapped[str] = mapped_column(
-        ForeignKey("artifacts.digest", ondelete="CASCADE"), primary_key=True
-    )
-    position: Mapped[int] = mapped_column(primary_key=True)
-    data: Mapped[bytes]
-
-
-class RunArtifactRow(Base):
-    """That a run needs an artifact, which stays as long as one does."""
-
-    __tablename__ = "run_artifacts"
-
-    run_id: Mapped[_OfRun] = mapped_column(primary_key=True)
-    digest: Mapped[str] = mapped_column(
-        ForeignKey("artifacts.digest"), primary_key=True, index=True
-    )

@@ -285,11 +285,6 @@ class Store(Leases, Artifacts, Access):
         with self._read() as session:
             return latencies.get(session, device)
 
-    def kernel_devices(self) -> list[str]:
-        """Return the devices that kernels were timed on."""
-        with self._read() as session:
-            return latencies.devices(session)
-
     def put_kernel_latency(self, latency: KernelLatency) -> None:
         """Keep the time of a kernel."""
         with self._write() as session:
