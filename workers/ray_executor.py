@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mpq.core.errors import MpqError, StorageError
+from mpq.core.memory import ran_out_of_memory
 from workers.errors import sent, told
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
+from workers.portions import named
 from workers.ray_cluster import INSECURE, connected
 from workers.schedule import Limits, Schedule
 
@@ -233,10 +235,10 @@ class _Worker:
         began = time.perf_counter()
         result, failure, out_of_memory = None, None, False
         try:
-            with told(f"task {position}"):
+            with told(named(position, item)):
                 result = fn(self._state, item)
         except MpqError as error:
-            failure, out_of_memory = sent(error), _ran_out_of_memory(error.__cause__)
+            failure, out_of_memory = sent(error), ran_out_of_memory(error)
         return Outcome(
             position=position,
             seconds=time.perf_counter() - began,
@@ -257,10 +259,3 @@ def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any
 
 def _named(resource: str) -> str:
     return "GPU" if resource == "gpu" else resource
-
-
-def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Tell what torch and Python raise: known by name and text, as torch is not imported here."""
-    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from mpq.core.errors import MpqError
+from mpq.core.memory import ran_out_of_memory
 from workers.errors import HOPELESS, in_one, of_user, told
+from workers.portions import Portions, named, too_large, warn_of_portions
 
 State = TypeVar("State")
 Item = TypeVar("Item")
@@ -20,6 +22,7 @@ class SerialExecutor:
 
     def __init__(self) -> None:
         self._prepared: tuple[Callable[[], Any], Any] | None = None
+        self._portions = Portions()
 
     def map(
         self,
@@ -32,16 +35,16 @@ class SerialExecutor:
         A task that fails ends the run after the others, what the user gave wrongly at once.
         """
         failed: dict[int, MpqError] = {}
+        names: dict[int, str] = {}
         finished = False
         for position, item in enumerate(items):
             if self._prepared is None or self._prepared[0] is not setup:
                 with told("setting up"):
                     self._prepared = (setup, setup())
             try:
-                with told(f"task {position}"):
-                    result = fn(self._prepared[1], item)
+                result = self._done(fn, position, item)
             except MpqError as error:
-                failed[position] = error
+                failed[position], names[position] = error, named(position, item)
                 if of_user(error):
                     raise
                 if not finished and len(failed) >= HOPELESS:
@@ -50,7 +53,24 @@ class SerialExecutor:
             finished = True
             yield position, result
         if failed:
-            raise in_one(failed)
+            raise in_one(failed, names)
+
+    def _done(self, fn: Callable[[Any, Item], Result], position: int, item: Item) -> Result:
+        """Return the result of a task, in portions that fit into memory."""
+        assert self._prepared is not None
+        portion = self._portions.fitting(item)
+        while True:
+            try:
+                with told(named(position, item)):
+                    return fn(self._prepared[1], portion)
+            except MpqError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                less = self._portions.halved(portion)
+                if less is None:
+                    raise too_large(named(position, item), str(error)) from error
+                warn_of_portions(named(position, item), less.samples)
+                portion = less
 
     def close(self) -> None:
         """Forget the state."""

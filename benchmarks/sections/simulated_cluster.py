@@ -13,6 +13,7 @@ from functools import partial
 
 from mpq.core.errors import MpqError, RunFailedError, StorageError
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
+from workers.portions import named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Faults:
     stuck: frozenset[int] = frozenset()
     hungry: frozenset[int] = frozenset()  # run out of memory where another task runs
     starving: frozenset[int] = frozenset()  # run out of memory wherever they run
+    most_samples: float = math.inf  # of an item at once, beyond which there is no memory
 
 
 @dataclass(slots=True)
@@ -113,11 +115,11 @@ class SimulatedCluster:
             if position in faults.stuck or chance() < faults.hangs:
                 return
             spent += seconds
-            error, starves = None, self._starves(position)
+            error, starves = None, self._starves(position, item)
             if starves:
-                error = RunFailedError("task_failed", f"task {position} failed: MemoryError: none")
+                error = self._error(position, item, "MemoryError: none")
             elif position in faults.poison or chance() < faults.raises:
-                error = RunFailedError("task_failed", f"task {position} failed: ValueError: no")
+                error = self._error(position, item, "ValueError: no")
             outcomes.append(
                 Outcome(
                     position=position,
@@ -155,9 +157,13 @@ class SimulatedCluster:
     def _at(self, when: float, happen: Callable[[], Event | None]) -> None:
         heapq.heappush(self._coming, (when, next(self._tie), happen))
 
-    def _starves(self, position: int) -> bool:
+    def _error(self, position: int, item: object, why: str) -> MpqError:
+        return RunFailedError("task_failed", f"{named(position, item)} failed: {why}")
+
+    def _starves(self, position: int, item: object) -> bool:
         beside = position in self.faults.hungry and (self._working > 1 or self._alive > 1)
-        return beside or position in self.faults.starving
+        too_many = getattr(item, "samples", 0) > self.faults.most_samples
+        return beside or too_many or position in self.faults.starving
 
     def _place(self) -> None:
         while self._free and self._pending:
