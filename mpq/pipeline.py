@@ -77,6 +77,9 @@ def search(
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     ray_address: str | None = None,
+    worker_resources: Mapping[str, float] | None = None,
+    task_tries: int = 3,
+    task_grace_seconds: float = 600.0,
     num_probes: int = 2,
     refine: int = 4,
     latency_seconds: float = 60.0,
@@ -100,8 +103,8 @@ def search(
     Profile(tokens=1, weight=64.0)} are the shapes of a network that is served in several: each
     is a cost by its name ("decode <= 20 ms"), and latency is their weighted mean. Budgets are
     texts such as "memory <= 60%", "latency <= 3 ms", "memory <= uniform int4" or Budget records.
-    `schemes` defaults to what the hardware runs:
-    "local" is this machine, measured; "roofline:H100" a model of one that is not here,
+    `schemes` defaults to what the hardware runs: "local" is this machine, measured, "device:NAME" a
+    node of the Ray cluster, measured there; "roofline:H100" a model of one that is not here,
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
@@ -117,7 +120,8 @@ def search(
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
     Each budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as
-    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port").
+    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port"), by
+    workers that take `worker_resources` such as {"gpu": 1}; tries and grace of tasks: see JobSpec.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -166,6 +170,9 @@ def search(
         executor=executor,
         num_workers=num_workers,
         ray_address=ray_address,
+        worker_resources=dict(worker_resources or {}),
+        task_tries=task_tries,
+        task_grace_seconds=task_grace_seconds,
         seed=seed,
         num_probes=num_probes,
         refine=refine,
@@ -225,7 +232,13 @@ def run(
     whose lease the caller holds; what an earlier driver finished is not done again.
     """
     with warnings_kept() as keep, ExitStack() as stack:
-        executor = get_executor(spec.executor, spec.num_workers, spec.ray_address)
+        executor = get_executor(
+            spec.executor,
+            spec.num_workers,
+            spec.ray_address,
+            resources=spec.worker_resources,
+            limits=(spec.task_tries, spec.task_grace_seconds),
+        )
         stack.callback(executor.close)
         if spec.metric != AUTO:
             get_metric(spec.metric)
@@ -236,7 +249,8 @@ def run(
         beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
         graph = graph_of(spec, given)
         served = served_of(spec, given, graph)
-        hardware = Hardware(spec, budgets, store, progress, beside, served)
+        alone = executor.run_exclusively
+        hardware = Hardware(spec, budgets, store, progress, beside, served, alone)
         workload = make_workload(spec, given, graph, hardware.schemes)
         check_groups(spec, workload.graph)
         if run_id is None:

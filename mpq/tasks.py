@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 
 from mpq.core.protocols import Executor, Partial
+from mpq.nn.accelerator import placed_on_gpu
 from mpq.nn.batches import Batch, checked_call, portions
 from mpq.nn.shipping import ShippedWorkload, ship
 from mpq.nn.workload import Workload
@@ -85,7 +86,8 @@ class Workers:
     ) -> Workers:
         """Prepare workers; other processes get the network's weights once, as shared memory."""
         source = workload if executor.in_process else ship(workload)
-        return cls(workload, executor, partial(_set_up, source), store, progress)
+        setup = partial(_set_up, source, on_gpu=executor.gpu)
+        return cls(workload, executor, setup, store, progress)
 
     def finished(
         self,
@@ -113,8 +115,9 @@ class Workers:
         return [done[task.key] for task in tasks]
 
 
-def _set_up(source: Workload | ShippedWorkload) -> Bench:
-    return Bench(source.unpack() if isinstance(source, ShippedWorkload) else source)
+def _set_up(source: Workload | ShippedWorkload, *, on_gpu: bool = False) -> Bench:
+    workload = source.unpack() if isinstance(source, ShippedWorkload) else source
+    return Bench(placed_on_gpu(workload) if on_gpu else workload)
 
 
 def _timed(

@@ -79,7 +79,7 @@ class HessianTop:
 
 def _top(workload: Workload, weight: torch.Tensor, start: torch.Tensor) -> tuple[float, float]:
     """Return the eigenvalue of the largest magnitude and its last change."""
-    v = start.reshape(weight.shape) / start.norm()
+    v = (start.reshape(weight.shape) / start.norm()).to(weight)
     value, change = 0.0, 0.0
     with twice_differentiable(workload, weight):
         for iteration in range(_MOST_ITERATIONS):

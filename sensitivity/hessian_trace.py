@@ -147,7 +147,7 @@ def _weight_draws(
                 products = HessianProducts(loss_on(workload, part), [weight])
 
                 def flat(v: torch.Tensor, products: HessianProducts = products) -> torch.Tensor:
-                    return products([v.reshape(weight.shape)])[0].flatten()
+                    return products([v.reshape(weight.shape).to(weight)])[0].flatten().cpu()
 
                 forms = quadratic_forms(flat, weight.numel(), probes, generator, weight.dtype)
                 draws += np.array(list(forms)) * (part.samples / num_samples(batch))
@@ -187,7 +187,7 @@ def _input_draws(
             for probe in range(probes):
                 vectors = [_signs_like(move, generators) for _, move in seen]
                 for v, hv, change in zip(vectors, products(vectors), changes, strict=True):
-                    of_sample = (v * hv).reshape(part.samples, -1).double().sum(1)
+                    of_sample = (v * hv).reshape(part.samples, -1).double().sum(1).cpu()
                     found[:, probe] += (change @ of_sample).numpy() / total
     return found
 
@@ -195,7 +195,7 @@ def _input_draws(
 def _signs_like(values: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     each = values.numel() // len(generators)
     signs = [sign_vector(each, generator, values.dtype) for generator in generators]
-    return torch.cat(signs).reshape(values.shape)
+    return torch.cat(signs).reshape(values.shape).to(values)
 
 
 @contextmanager

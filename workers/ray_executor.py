@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import queue
 import time
@@ -10,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from mpq.core.errors import MpqError, StorageError
+from mpq.core.errors import InvalidInputError, MpqError, StorageError
 from mpq.core.memory import ran_out_of_memory
 from workers.errors import sent, told
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
@@ -22,7 +24,20 @@ State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+PATIENCE = "MPQ_RAY_PATIENCE"  # seconds; for clusters whose machines take minutes to come
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
+
+
+def patience_s() -> float:
+    """Return how long a first worker may take to start; raises InvalidInputError (`patience`)."""
+    text = os.environ.get(PATIENCE)
+    try:
+        seconds = _PATIENCE_S if text is None else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidInputError("patience", f"{PATIENCE} is a number of seconds, got {text!r}")
+    return seconds
 
 
 class RayExecutor:
@@ -51,7 +66,8 @@ class RayExecutor:
         self._address = address
         self._insecure = insecure or os.environ.get(INSECURE) == "1"
         self._resources = dict(resources or {})
-        self._limits = limits
+        self.gpu = self._resources.get("gpu", 0) > 0
+        self._limits = limits or Limits(patience_s=patience_s())
         self._setup: Callable[[], Any] | None = None
         self._pool: _RayPool | None = None
         self._schedule: Schedule | None = None
@@ -64,9 +80,9 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
-        A task whose worker process dies or hangs, or that raises, runs again on another, three
-        times in all; an exception in `setup` or `fn` is raised here as itself where it is an
-        MpqError, else as RunFailedError with its text, after all other tasks have finished.
+        A task whose worker process dies or hangs, or that raises, runs again on another, as often
+        as the limits allow; an exception in `setup` or `fn` is raised here as itself where it is
+        an MpqError, else as RunFailedError with its text, after all other tasks have finished.
         """
         items = list(items)
         if not items:
@@ -78,20 +94,35 @@ class RayExecutor:
             most = self._num_workers or (os.cpu_count() if local else None)
             self._setup = setup
             self._pool = _RayPool(ray, setup, self._resources, most, follows=not local)
-            self._schedule = Schedule(self._pool, self._limits or Limits(patience_s=_PATIENCE_S))
+            self._schedule = Schedule(self._pool, self._limits)
         self._pool.take(fn)
         yield from self._schedule.run(items)
 
-    def run_exclusively(self, fn: Callable[[], Result]) -> Result:
+    def run_exclusively(
+        self, fn: Callable[[], Result], resources: Mapping[str, float] | None = None
+    ) -> Result:
         """Return `fn()`, run in a worker on a node where no other such call runs meanwhile.
 
         It takes the resource `bench`, of which a local Ray has one: `ray start
-        --resources='{"bench": 1}'` gives one to a node of a cluster.
+        --resources='{"bench": 1, "device:NAME": 1}'` gives one to a node of a cluster. Of
+        `resources` (default: those of a worker) it takes what is asked. Raises InvalidInputError
+        (`no_node`) where no node has all of them, RunFailedError where it died three times.
         """
         ray = self._connected()
-        options = _options({**self._resources, "bench": 1}, num_cpus=0)  # workers hold the CPUs
-        found: Result = ray.get(ray.remote(max_retries=2, **options)(_call).remote(fn))
-        return found
+        needs = {**(self._resources if resources is None else resources), "bench": 1.0}
+        check_node(ray.nodes(), {_named(name): amount for name, amount in needs.items()})
+        options = _options(needs, num_cpus=0)  # workers hold the CPUs
+        answer = ray.remote(max_retries=2, **options)(_answer).remote(fn)
+        try:
+            with told(f"what ran on a node with {', '.join(needs)}"):
+                found: Any = ray.get(answer)
+        except BaseException:
+            ray.cancel(answer, force=True)
+            raise
+        if isinstance(found, MpqError):
+            raise found
+        result: Result = found
+        return result
 
     def close(self) -> None:
         """End the worker processes; the local Ray stays for the next executor."""
@@ -248,8 +279,33 @@ class _Worker:
         )
 
 
-def _call(fn: Callable[[], Any]) -> Any:
-    return fn()
+def _answer(fn: Callable[[], Any]) -> Any:
+    try:
+        with told("a call"):
+            return fn()
+    except MpqError as error:
+        return sent(error)
+
+
+def check_node(nodes: Iterable[Mapping[str, Any]], needs: Mapping[str, float]) -> None:
+    """Raise InvalidInputError where no node that is alive has everything; it says what they have.
+
+    `nodes` are as `ray.nodes()` tells of them.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(there.get(n, 0) >= amount for n, amount in needs.items()) for there in alive):
+        return
+    marks = ("GPU", "bench", "device:")
+    each = [
+        " and ".join(name for name in sorted(there) if name.startswith(marks)) or "neither"
+        for there in alive
+    ]
+    asked = json.dumps({name: 1 for name in needs if name != "GPU"})
+    raise InvalidInputError(
+        "no_node",
+        f"no node of the Ray cluster has {' and '.join(needs)}: of {len(alive)} nodes each has "
+        f"{'; '.join(each)}; start one with ray start --resources='{asked}'",
+    )
 
 
 def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from mpq.core.errors import MpqError
+from mpq.core.errors import InvalidInputError, MpqError
 from mpq.core.memory import ran_out_of_memory
 from workers.errors import HOPELESS, in_one, of_user, told
 from workers.portions import Portions, named, too_large, warn_of_portions
@@ -19,6 +19,7 @@ class SerialExecutor:
     """An executor in the calling process."""
 
     in_process = True
+    gpu = False
 
     def __init__(self) -> None:
         self._prepared: tuple[Callable[[], Any], Any] | None = None
@@ -71,6 +72,18 @@ class SerialExecutor:
                     raise too_large(named(position, item), str(error)) from error
                 warn_of_portions(named(position, item), less.samples)
                 portion = less
+
+    def run_exclusively(
+        self, fn: Callable[[], Result], resources: Mapping[str, float] | None = None
+    ) -> Result:
+        """Return `fn()`; raises InvalidInputError for resources, which only nodes have."""
+        if resources:
+            raise InvalidInputError(
+                "no_node",
+                f"{', '.join(resources)} is on a node of a Ray cluster, and executor 'serial' runs "
+                f"here: use executor='ray' with ray_address",
+            )
+        return fn()
 
     def close(self) -> None:
         """Forget the state."""

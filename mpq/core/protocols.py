@@ -153,6 +153,7 @@ class Executor(Protocol):
     """Where independent tasks run: one file under `workers/`; knows nothing of quantization."""
 
     in_process: bool  # tasks run here: what they get need not travel
+    gpu: bool  # each worker has one, which tasks are to use
 
     def map(
         self,
@@ -167,6 +168,14 @@ class Executor(Protocol):
         `setup` runs once in each worker and makes `state`; workers are kept for further calls
         with the same `setup` object. An MpqError in either ends the iteration as itself, any
         other exception as RunFailedError; results already yielded stay valid.
+        """
+
+    def run_exclusively(
+        self, fn: Callable[[], Result], resources: Mapping[str, float] | None = None
+    ) -> Result:
+        """Return `fn()`, run on a node that has these resources, one such call at a time.
+
+        Raises InvalidInputError where no node has them.
         """
 
     def close(self) -> None:
