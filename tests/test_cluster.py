@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -247,6 +248,79 @@ def two_nodes() -> None:
     print("done")
 
 
+def one_gpu() -> None:
+    """A node says that it has a GPU; workers land there, and torch finds none."""
+    import platform
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from workers.ray_executor import RayExecutor
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2)
+    node = cluster.add_node(num_cpus=2, num_gpus=1, resources={"device:a100": 1})
+    resources = {"gpu": 1, "device:a100": 1}
+    executor = RayExecutor(address=cluster.address, resources=resources)
+
+    def fn(state: object, item: int) -> tuple[str, str]:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id()), os.environ["CUDA_VISIBLE_DEVICES"]
+
+    found = dict(executor.map(dict, fn, range(4)))
+    assert set(found.values()) == {(node.node_id, "0")}, found
+    assert executor.gpu
+    executor.close()
+    with pytest.raises(InvalidInputError, match=r"torch .* finds none there") as caught:
+        mpq.search(
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),
+            [torch.randn(4, 6)],
+            budgets=["memory <= 60%"],
+            schemes=["int4", "int8"],
+            ray_address=cluster.address,
+            worker_resources=resources,
+            storage="sqlite://",
+        )
+    assert f"a worker on node {platform.node()} was given a GPU" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    ray.shutdown()
+    cluster.shutdown()
+    print("done")
+
+
+def asked_of_the_autoscaler() -> None:
+    import ray
+    from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.cluster_utils import Cluster
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    from workers.ray_executor import RayExecutor
+    from workers.schedule import Limits
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=1, resources={"device:near": 8})
+    limits = Limits(look_s=0.2, worth_s=0.5)
+    executor = RayExecutor(5, cluster.address, resources={"device:near": 1}, limits=limits)
+    asked = [
+        json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+        for _ in executor.map(dict, slow_place(0.5), range(20))
+    ]
+    worker = {"CPU": 1, "device:near": 1}
+    assert [worker] * 5 in asked, asked  # one task of 0.5 s each, at most five workers
+    assert all(len(bundles) <= 5 for bundles in asked)
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) == []
+    stopped = executor.map(dict, slow_place(0.5), range(20))
+    next(stopped)
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) != []
+    stopped.close()  # type: ignore[attr-defined]
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) == []
+    executor.close()
+    ray.shutdown()
+    cluster.shutdown()
+    print("done")
+
+
 def without_a_token() -> None:
     import ray
     from ray.cluster_utils import Cluster
@@ -269,6 +343,16 @@ def without_a_token() -> None:
 @pytest.mark.slow
 def test_tasks_land_where_their_resources_are_and_nodes_come_and_go() -> None:
     scenario("two_nodes", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+
+
+@pytest.mark.slow
+def test_workers_with_a_gpu_land_where_it_is_and_say_where_torch_finds_none() -> None:
+    scenario("one_gpu", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+
+
+@pytest.mark.slow
+def test_the_autoscaler_hears_how_many_workers_have_work() -> None:
+    scenario("asked_of_the_autoscaler", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
 
 
 @pytest.mark.slow

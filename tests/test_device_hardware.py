@@ -168,11 +168,13 @@ near = cluster.add_node(num_cpus=1, resources={"device:near": 1, "bench": 1})
 os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ["PYTHONPATH"]])
 far = cluster.add_node(num_cpus=1, resources={"device:far": 1, "bench": 1})
 
+net = "examples.digits_resnet20"
+
 def search(hardware, **more):
     return mpq.search(
-        "examples.digits_resnet20:make_model", "examples.digits_resnet20:calibration_batches",
-        budgets=["latency <= 1 s", "memory <= 60%"], schemes=["fp32", "int8:int8"], hardware=hardware,
-        ray_address=cluster.address, latency_seconds=3.0, refine=0,
+        f"{net}:make_model", f"{net}:calibration_batches",
+        budgets=["latency <= 1 s", "memory <= 60%"], schemes=["fp32", "int8:int8"],
+        hardware=hardware, ray_address=cluster.address, latency_seconds=3.0, refine=0,
         storage=f"{folder}/runs.db", **more)
 
 result = search("device:far")

@@ -413,6 +413,39 @@ def test_a_run_left_midway_ends_what_is_at_work() -> None:
     assert sorted(schedule.run(items(20))) == everything(20)
 
 
+def test_machines_are_asked_for_as_far_as_there_is_work_for_them() -> None:
+    pool = cluster(Node(slots=1), Node(slots=9, joins_s=200.0), seconds=lambda position: 30.0)
+    assert len(list(Schedule(pool, QUICK).run(items(100)))) == 100
+    first, second, *_, last = pool.wanted
+    assert first == 1  # before it is known what a task takes
+    assert 45 <= second <= 50  # 99 tasks of 30 s: 49 workers find a minute of work each
+    assert pool.wanted[1:] == sorted(pool.wanted[1:], reverse=True)
+    assert last == 0
+    tiny = cluster(Node(slots=2), seconds=lambda position: 0.01)
+    assert len(list(Schedule(tiny, QUICK).run(items(1000)))) == 1000
+    assert set(tiny.wanted) == {1, 0}
+    few = cluster(Node(slots=2), seconds=lambda position: 1000.0)
+    list(Schedule(few, Limits(grace_s=5000.0)).run(items(3)))
+    assert max(few.wanted) <= 3
+
+
+@pytest.mark.parametrize("how", ["left midway", "a task fails", "nothing starts"])
+def test_what_was_asked_for_is_taken_back_however_a_run_ends(how: str) -> None:
+    node = Node(slots=2, joins_s=1e6 if how == "nothing starts" else 0.0)
+    poison = frozenset(range(50)) if how == "a task fails" else frozenset()
+    pool = cluster(node, seconds=lambda position: 30.0, faults=Faults(poison=poison))
+    running = Schedule(pool, QUICK).run(items(50))
+    if how == "left midway":
+        next(running)
+        next(running)
+        running.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises((RunFailedError, StorageError)):
+            list(running)
+    assert len(pool.wanted) > 1
+    assert pool.wanted[-1] == 0
+
+
 def test_many_workers_and_failures_lose_nothing() -> None:
     pool = cluster(
         *[Node(slots=8, joins_s=number % 20) for number in range(25)],

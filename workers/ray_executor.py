@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = "MPQ_RAY_PATIENCE"  # seconds; for clusters whose machines take minutes to come
+_MOST_ASKED = 1000  # workers, of an autoscaler: about what one search can keep busy
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
 
 
@@ -171,6 +172,15 @@ class _RayPool:
         free = int(min(there.get(name, 0.0) / amount for name, amount in self._needs.items()))
         number = free + len(self._holding) if self._follows else max(1, free)
         return number if self._most is None else min(number, self._most)
+
+    def want(self, processes: int) -> None:
+        """Tell the autoscaler of a cluster, which heeds the last that any search has told it."""
+        if not self._follows:
+            return
+        from ray.autoscaler.sdk import request_resources
+
+        number = min(processes, self._most or _MOST_ASKED)
+        request_resources(bundles=[self._needs] * number)
 
     def start(self) -> int:
         number = len(self._actors)

@@ -32,7 +32,8 @@ class Limits:
     `grace_medians` times the median of finished tasks where that is longer, hangs; so does a
     setup, or a task while none has finished, after `first_grace_s`. `patience_s` is the time in
     which one process at least must have started. Tasks shorter than `batch_s` are sent several at
-    a time. Every `look_s` the scheduler looks for hanging and for further processes.
+    a time. Every `look_s` the scheduler looks for hanging and for further processes. Machines are
+    asked for where each further process would have `worth_s` seconds of work.
     """
 
     tries: int = 3
@@ -42,6 +43,7 @@ class Limits:
     patience_s: float = 60.0
     batch_s: float = 1.0
     look_s: float = 5.0
+    worth_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class Schedule:
         self._target = 1  # how many processes there may be
         self._lost_starts = 0  # processes in a row that never became ready
         self._next_look = -math.inf
+        self._wanted = 0  # processes, by what brings machines
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """Yield (position, result) of each item once, as each finishes, whatever dies meanwhile.
@@ -143,6 +146,7 @@ class Schedule:
         finally:  # stopped midway: the results of those at work are not wanted
             for number in [n for n, p in self._processes.items() if p.state == "busy"]:
                 self._end(number)
+            self._want(0)
         if tasks.failed:
             raise in_one(tasks.failed, tasks.names)
 
@@ -158,6 +162,7 @@ class Schedule:
             return
         self._next_look = now + min(limits.look_s, limits.patience_s / 2, limits.grace_s / 4)
         self._target = max(1, self._pool.capacity())
+        self._want(self._worth(tasks))
         median_s = statistics.median(tasks.seconds) if tasks.seconds else None
         for number, process in list(self._processes.items()):
             waited = now - process.since
@@ -174,6 +179,17 @@ class Schedule:
             error = self._pool.no_resources(limits.patience_s)
             if error is not None:
                 raise error
+
+    def _worth(self, tasks: _Tasks) -> int:
+        """Return how many processes have enough to do: one until it is known what tasks take."""
+        left = tasks.left() + self._busy
+        seconds = 0.0 if tasks.typical_s is None else left * tasks.typical_s
+        return min(left, max(1, math.ceil(seconds / self.limits.worth_s)))
+
+    def _want(self, processes: int) -> None:
+        if processes != self._wanted:
+            self._wanted = processes
+            self._pool.want(processes)
 
     def _grace(self, work: Sequence[Work], median_s: float | None, tasks: _Tasks) -> float:
         if median_s is None:

@@ -64,6 +64,7 @@ class SimulatedCluster:
     seed: int = 0
     clock: float = 0.0
     runs: Counter[int] = field(default_factory=Counter)  # times that each task was begun
+    wanted: list[int] = field(default_factory=list)  # what an autoscaler would have heard
     deaths: int = 0
     most_alive: int = 0
 
@@ -90,6 +91,10 @@ class SimulatedCluster:
     def capacity(self) -> int:
         """Return the processors of all nodes that are there."""
         return len(self._free) + sum(map(len, self._members.values()))
+
+    def want(self, processes: int) -> None:
+        """Remember what was asked for."""
+        self.wanted.append(processes)
 
     def start(self) -> int:
         """Ask for a process; it waits until a processor is free."""
