@@ -22,12 +22,13 @@ from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.profiles import Profile, given_profiles
-from mpq.core.protocols import Scores
+from mpq.core.protocols import Executor, Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled
 from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
+from mpq.executing import executor_for
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
@@ -47,7 +48,6 @@ from sensitivity import get_metric
 from solvers import get_solver
 from solvers.risk import at_risk
 from solvers.trust import cross_validated
-from workers import get_executor
 
 
 def search(
@@ -203,6 +203,7 @@ def run_job(
     storage: str | Store | None = None,
     progress: Progress | None = None,
     run_id: str | None = None,
+    executor: Executor | None = None,
 ) -> SearchResult:
     """Run a job whose parts are entry points, here and now; `run_id` is a run that we drive."""
     given = load(
@@ -215,7 +216,8 @@ def run_job(
         quality=spec.quality,
         profiles=spec.profiles,
     )
-    return run(spec, given, open_store(storage), progress or Silent(), run_id=run_id)
+    progress = progress or Silent()
+    return run(spec, given, open_store(storage), progress, run_id=run_id, executor=executor)
 
 
 def run(
@@ -225,20 +227,16 @@ def run(
     progress: Progress,
     stages: Callable[[JobSpec, Prepared], None] | None = None,
     run_id: str | None = None,
+    executor: Executor | None = None,
 ) -> SearchResult:
     """Do every stage of a checked job; a failure is kept with the run and raised.
 
     `stages` are what follows the preparation, by default those of a search. `run_id` is a run
-    whose lease the caller holds; what an earlier driver finished is not done again.
+    whose lease the caller holds; what an earlier driver finished is not done again. `executor` is
+    one that was made for the job; it is closed at the end.
     """
     with warnings_kept() as keep, ExitStack() as stack:
-        executor = get_executor(
-            spec.executor,
-            spec.num_workers,
-            spec.ray_address,
-            resources=spec.worker_resources,
-            limits=(spec.task_tries, spec.task_grace_seconds),
-        )
+        executor = executor or executor_for(spec)
         stack.callback(executor.close)
         if spec.metric != AUTO:
             get_metric(spec.metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = "MPQ_RAY_PATIENCE"  # seconds; for clusters whose machines take minutes to come
+_WARM = 2  # workers: the first score needs one
 _MOST_ASKED = 1000  # workers, of an autoscaler: about what one search can keep busy
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
 
@@ -72,6 +74,7 @@ class RayExecutor:
         self._setup: Callable[[], Any] | None = None
         self._pool: _RayPool | None = None
         self._schedule: Schedule | None = None
+        self._warm: list[Any] = []  # actors that nothing has been asked of yet
 
     def map(
         self,
@@ -90,11 +93,12 @@ class RayExecutor:
             return
         ray = self._connected()
         if self._schedule is None or self._pool is None or self._setup is not setup:
-            self.close()
+            if self._schedule is not None:
+                self._schedule.close()
             local = self._address is None
             most = self._num_workers or (os.cpu_count() if local else None)
             self._setup = setup
-            self._pool = _RayPool(ray, setup, self._resources, most, follows=not local)
+            self._pool = _RayPool(ray, setup, self._resources, most, not local, self._warm)
             self._schedule = Schedule(self._pool, self._limits)
         self._pool.take(fn)
         yield from self._schedule.run(items)
@@ -125,10 +129,21 @@ class RayExecutor:
         result: Result = found
         return result
 
+    def warm(self, modules: Sequence[str]) -> None:
+        """Start the first workers, which import these modules while the caller gets ready.
+
+        They are taken up by the next `map`; where there is no room for them they wait.
+        """
+        ray, options = self._connected(), _options(self._resources)
+        number = min(_WARM, self._num_workers or _WARM)
+        self._warm += [_worker(ray, options, modules) for _ in range(number - len(self._warm))]
+
     def close(self) -> None:
         """End the worker processes; the local Ray stays for the next executor."""
         if self._schedule is not None:
             self._schedule.close()
+        while self._warm:
+            self._connected().kill(self._warm.pop())
         self._schedule = self._pool = self._setup = None
 
     def _connected(self) -> Any:
@@ -146,6 +161,7 @@ class _RayPool:
         resources: Mapping[str, float],
         most: int | None,
         follows: bool,
+        warm: list[Any],
     ) -> None:
         self._ray = ray
         self._setup_reference = ray.put(setup)
@@ -154,6 +170,7 @@ class _RayPool:
         self._needs = {"CPU": 1.0, **{_named(name): amount for name, amount in resources.items()}}
         self._most = most
         self._follows = follows
+        self._warm = warm
         self._actors: list[Any] = []
         self._holding: set[int] = set()  # those that have their resources
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -170,7 +187,8 @@ class _RayPool:
         # On a local Ray all is ours; in a cluster others hold some of it.
         there = ray.available_resources() if self._follows else ray.cluster_resources()
         free = int(min(there.get(name, 0.0) / amount for name, amount in self._needs.items()))
-        number = free + len(self._holding) if self._follows else max(1, free)
+        ours = len(self._holding) + len(self._warm)
+        number = free + ours if self._follows else max(1, free)
         return number if self._most is None else min(number, self._most)
 
     def want(self, processes: int) -> None:
@@ -184,12 +202,12 @@ class _RayPool:
 
     def start(self) -> int:
         number = len(self._actors)
-        actor = self._ray.remote(**self._options)(_Worker).remote(self._setup_reference)
+        actor = self._warm.pop() if self._warm else _worker(self._ray, self._options)
         self._actors.append(actor)
         self._listen(number, actor.started.remote(), lambda _: Started(number))
         self._listen(
             number,
-            actor.set_up.remote(),
+            actor.set_up.remote(self._setup_reference),
             lambda error: Ready(number) if error is None else SetupFailed(number, error),
         )
         return number
@@ -253,17 +271,18 @@ class _RayPool:
 class _Worker:
     """What runs in a worker process."""
 
-    def __init__(self, setup: Callable[[], Any]) -> None:
-        self._setup = setup
+    def __init__(self, modules: Sequence[str]) -> None:
+        for module in modules:
+            importlib.import_module(module)
         self._state: Any = None
 
     def started(self) -> bool:
         return True
 
-    def set_up(self) -> MpqError | None:
+    def set_up(self, setup: Callable[[], Any]) -> MpqError | None:
         try:
             with told("setting up"):
-                self._state = self._setup()
+                self._state = setup()
         except MpqError as error:
             failure: MpqError = sent(error)
             return failure
@@ -287,6 +306,10 @@ class _Worker:
             error=failure,
             out_of_memory=out_of_memory,
         )
+
+
+def _worker(ray: Any, options: Mapping[str, Any], modules: Sequence[str] = ()) -> Any:
+    return ray.remote(**options)(_Worker).remote(modules)
 
 
 def _answer(fn: Callable[[], Any]) -> Any:

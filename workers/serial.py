@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mpq.core.errors import InvalidInputError, MpqError
@@ -84,6 +84,9 @@ class SerialExecutor:
                 f"here: use executor='ray' with ray_address",
             )
         return fn()
+
+    def warm(self, modules: Sequence[str]) -> None:
+        """Do nothing: this process imports what it needs."""
 
     def close(self) -> None:
         """Forget the state."""

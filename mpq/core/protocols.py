@@ -178,5 +178,8 @@ class Executor(Protocol):
         Raises InvalidInputError where no node has them.
         """
 
+    def warm(self, modules: Sequence[str]) -> None:
+        """Let the first workers start and import these modules before there is a task."""
+
     def close(self) -> None:
         """Let the workers go."""
