@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = "MPQ_RAY_PATIENCE"  # seconds; for clusters whose machines take minutes to come
-_WARM = 2  # workers: the first score needs one
+_WARM = 1  # workers: the first score needs one
 _MOST_ASKED = 1000  # workers, of an autoscaler: about what one search can keep busy
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
 
