@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpq.core.errors import InvalidInputError, StorageError
@@ -58,6 +59,13 @@ def connected(num_cpus: int, address: str | None, insecure: bool) -> Any:
             ray.shutdown()
             raise
     return ray
+
+
+def ask_for_machines(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Tell the autoscaler of the cluster what must fit into it, instead of what it was told."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def check_secure(address: str, insecure: bool) -> None:

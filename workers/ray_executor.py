@@ -18,7 +18,7 @@ from mpq.core.memory import ran_out_of_memory
 from workers.errors import sent, told
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
 from workers.portions import named
-from workers.ray_cluster import INSECURE, connected
+from workers.ray_cluster import INSECURE, ask_for_machines, connected
 from workers.schedule import Limits, Schedule
 
 State = TypeVar("State")
@@ -195,10 +195,8 @@ class _RayPool:
         """Tell the autoscaler of a cluster, which heeds the last that any search has told it."""
         if not self._follows:
             return
-        from ray.autoscaler.sdk import request_resources
-
         number = min(processes, self._most or _MOST_ASKED)
-        request_resources(bundles=[self._needs] * number)
+        ask_for_machines([self._needs] * number)
 
     def start(self) -> int:
         number = len(self._actors)
