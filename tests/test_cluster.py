@@ -14,6 +14,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.result import SearchResult
 from mpq.store.store import open_store
 from workers import get_executor
-from workers.ray_cluster import check_secure
+from workers.ray_cluster import _check_same, _why, check_secure
 
 ROOT = Path(mpq.__file__).parents[1]
 
@@ -374,6 +375,33 @@ def test_a_cluster_of_this_machine_alone_needs_no_token(address: str) -> None:
 def test_a_cluster_that_does_not_answer_is_told() -> None:
     with pytest.raises(StorageError, match=r"no Ray cluster answers at 192\.0\.2\.77:1"):
         check_secure("192.0.2.77:1", insecure=False)
+
+
+def test_a_cluster_that_refuses_this_process_says_what_to_set() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at host:6379")
+    error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: token is missing or incorrect")
+    assert _why(error).startswith("it asks for a token that this process does not have: set RAY_")
+    assert _why(ConnectionError("no\nroute")) == "no"
+
+
+@pytest.mark.parametrize(
+    ("address", "same"),
+    [
+        ("auto", True),
+        ("10.0.0.7:6379", True),
+        ("127.0.0.1:6379", True),  # Ray tells a node's own name for it
+        ("127.0.0.1:6380", False),
+        ("10.0.0.8:6379", False),
+    ],
+)
+def test_a_process_is_connected_to_one_cluster(address: str, same: bool) -> None:
+    context = SimpleNamespace(gcs_address="10.0.0.7:6379")
+    ray = SimpleNamespace(get_runtime_context=lambda: context)
+    if same:
+        _check_same(ray, address)
+        return
+    with pytest.raises(InvalidInputError, match=r"connected to Ray at 10\.0\.0\.7:6379, not at"):
+        _check_same(ray, address)
 
 
 def test_the_serial_executor_has_no_address() -> None:
