@@ -4,7 +4,7 @@ The scheduler is the real one (workers/schedule.py). First over simulated worker
 their own: 1,000,000 tasks on 2,000 workers, of which 2 % of the tasks kill their worker and 2 %
 take 20 times as long; then for how many workers it keeps up. Then over real Ray: its own time
 for each task, and scoring MiniLM with two workers against the serial executor.
-Run: python benchmarks/cluster.py [simulated saturation overhead scoring]
+Run: python benchmarks/cluster.py [first_score simulated saturation overhead scoring]
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import math
 import os
 import random
 import resource
+import socket
+import subprocess
 import sys
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +196,80 @@ def scoring() -> None:
         )
 
 
+@contextmanager
+def own_cluster(folder: str, num_cpus: int = 2) -> Iterator[str]:
+    """Start a Ray cluster of this machine that asks for a token, and end it by its process."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--head", "--block", "--include-dashboard=false"]
+    command += [f"--port={port}", f"--num-cpus={num_cpus}"]
+    with Path(folder, "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while b"Ray runtime started" not in Path(folder, "ray.log").read_bytes():
+            if head.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(Path(folder, "ray.log").read_text()[-2000:])
+            time.sleep(0.2)
+        time.sleep(10)  # its first processes are started in advance
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def first_score() -> None:
+    """From `Client.submit` to the first score in the database, on a cluster that runs already."""
+    import sqlite3
+    import tempfile
+
+    import mpq
+    from mpq.core.jobs import ENDED
+
+    nets = {"digits_resnet20": "examples.digits_resnet20", "MiniLM": "examples.minilm"}
+    with tempfile.TemporaryDirectory() as folder, own_cluster(folder) as address:
+        for name, module in nets.items():
+            print(f"  {name}:")
+            for turn in range(1, 4):  # the first one meets processes that were never used
+                client = mpq.Client(f"{folder}/{name}-{turn}.db")
+                job = mpq.JobSpec(
+                    model=f"{module}:make_model",
+                    calibration=f"{module}:calibration_batches",
+                    budgets=("memory <= 60%",),
+                    schemes=("int4", "int8"),
+                    ray_address=address,
+                    seed=turn,
+                )
+                began = time.perf_counter()
+                run = client.submit(job)
+                stages: dict[str, float] = {}
+                database = sqlite3.connect(f"{folder}/{name}-{turn}.db")
+                count = "SELECT count(*) FROM partials"
+                while not (scored := database.execute(count).fetchone()[0]):
+                    if run.status() in ENDED:
+                        break
+                    for stage in run.progress():
+                        stages.setdefault(stage.stage, time.perf_counter() - began)
+                    time.sleep(0.02)
+                took = time.perf_counter() - began
+                assert scored, run.record().error_message
+                database.close()
+                run.stop()
+                client.close()
+                told = ", ".join(f"{stage} from {at:.2f} s" for stage, at in stages.items())
+                load = os.getloadavg()[0]
+                print(f"    {took:.2f} s ({told}; load {load:.1f})", flush=True)
+
+
 SECTIONS = {
     "simulated": simulated,
     "saturation": saturation,
     "overhead": overhead,
     "scoring": scoring,
+    "first_score": first_score,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, cast
 
-from mpq.core.errors import unknown
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.protocols import CostModel, LatencyModel
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ HARDWARE: dict[str, str] = {
     "bitplanes": "hw_cost_models.bitplanes:BitPlanes",
 }
 LOCAL = "local"  # this machine's kernels, measured; "local:torch_cpu" names whose
+DEVICE = "device"  # a node of a cluster: "device:jetson", "device:jetson/torch_cpu"
 KERNELS: dict[str, str] = {
     "onnxruntime": "hw_cost_models.measured.onnxruntime:OnnxRuntime",  # where none is named
     "torch_cpu": "hw_cost_models.measured.torch_cpu:TorchCpu",
@@ -48,6 +49,27 @@ def get_cost_model(name: str, **options: Any) -> CostModel:
 def is_local(text: str) -> bool:
     """Tell whether a text such as "local" or "local:torch_cpu" means measured kernels."""
     return isinstance(text, str) and text.partition(":")[0] == LOCAL
+
+
+def place_of(text: str) -> tuple[str, str]:
+    """Return where measured kernels run, and whose: a node's device ("": here), "local:NAME".
+
+    Raises InvalidInputError for "device:" without a name.
+    """
+    kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+    if kind != DEVICE:
+        return "", text
+    device, slash, kernels = rest.partition("/")
+    if not device or (slash and not kernels):
+        raise InvalidInputError(
+            "hardware", f"a node's hardware is 'device:NAME' or 'device:NAME/KERNELS', got {text!r}"
+        )
+    return device, f"{LOCAL}:{kernels}" if kernels else LOCAL
+
+
+def is_measured(text: str) -> bool:
+    """Tell whether a text means measured kernels, of this machine or of a node of a cluster."""
+    return is_local(text) or (isinstance(text, str) and text.partition(":")[0] == DEVICE)
 
 
 def get_kernels(text: str = LOCAL, **options: Any) -> KernelBackend:
@@ -71,7 +93,7 @@ def get_hardware(text: str) -> LatencyModel:
         from hw_cost_models.roofline import presets
 
         local = [LOCAL, *(f"{LOCAL}:{name}" for name in KERNELS)]
-        raise unknown("hardware", text, [*local, *presets(), *_WRITTEN])
+        raise unknown("hardware", text, [*local, f"{DEVICE}:NAME", *presets(), *_WRITTEN])
     return cast(LatencyModel, _loaded(HARDWARE[kind]).parse(argument))
 
 

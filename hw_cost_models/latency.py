@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from hw_cost_models import LOCAL, get_kernels
 from hw_cost_models.measured.backend import KernelBackend
 from hw_cost_models.measured.correction import Parts
 from hw_cost_models.measured.protocol import Stopwatch
+from mpq.core.errors import InvalidInputError
 from mpq.core.formats import FP32, Scheme
 from mpq.core.latency import KernelCase, KernelLatency
 from mpq.core.layers import Layer, LayerGraph, UnitName
@@ -24,6 +26,7 @@ _TOGETHER = 24  # kernels timed in one set of rounds, which bounds the memory th
 # processes, which no measurement narrows, takes up to 0.12 (a kernel that waits for memory).
 _WIDE = 0.15
 _Wanted = tuple[KernelBackend, Layer, Scheme]
+Run = Callable[[Callable[[], Any]], Any]  # runs a function on another machine
 
 
 class MeasuredLatency:
@@ -36,7 +39,7 @@ class MeasuredLatency:
     share of `budget_s`. `save` gets each new time as soon as it is there. `budget_s` bounds the
     time of one table's measurement (unless making the kernels ready takes half of it, or six
     rounds do not fit), `progress` gets its share in [0, 1]. `latencies` holds every time that is
-    known by now.
+    known by now. With `run` the kernels are those of the machine on which it runs a function.
     """
 
     name = "latency"
@@ -52,8 +55,10 @@ class MeasuredLatency:
         seed: int = 0,
         progress: Callable[[float], None] | None = None,
         stopwatch: Stopwatch | None = None,
+        run: Run | None = None,
     ) -> None:
-        self._backend = partial(get_kernels, hardware, num_threads=num_threads, seed=seed)
+        self._run = run
+        self._hardware, self._options = hardware, {"num_threads": num_threads, "seed": seed}
         self.device = self._backend().device  # what every time here belongs to
         self.latencies: dict[KernelCase, KernelLatency] = {
             case: latency
@@ -68,6 +73,11 @@ class MeasuredLatency:
         self._save = save
         self._progress = progress
         self._stopwatch = stopwatch or Stopwatch(budget_s=budget_s, seed=seed)
+
+    def _backend(self, **options: Any) -> KernelBackend:
+        make = partial(get_kernels, self._hardware, **self._options, **options)
+        found: KernelBackend = make() if self._run is None else self._run(make)
+        return found
 
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the seconds of every cell with 95 % confidence limits.
@@ -190,16 +200,13 @@ class MeasuredLatency:
                 if self._progress is not None:
                     self._progress(start / len(new) + used * share)
 
-            budget_s = whole_s * share
-            start_s = time.monotonic()
-            ops = [
-                backend.op(layer, scheme)
-                for backend, layer, scheme in (cases[case] for case in part)
-            ]
-            reference = wanted[0][0].reference()
-            budget_s = max(budget_s - (time.monotonic() - start_s), budget_s / 2)
-            stopwatch = replace(self._stopwatch, budget_s=budget_s)
-            measured = stopwatch.measure(ops, reference, self.device, progress)
+            stopwatch = replace(self._stopwatch, budget_s=whole_s * share)
+            timing = partial(_timed, [cases[case] for case in part], stopwatch)
+            if self._run is None:
+                measured = timing(progress)
+            else:  # a listener does not travel
+                measured = self._run(partial(_timed_there, timing, self._hardware, self.device))
+                progress(1.0)
             for latency in measured:
                 known = self.latencies.get(latency.case)
                 if known is not None and _half_width(known) <= _half_width(latency):
@@ -207,6 +214,34 @@ class MeasuredLatency:
                 self.latencies[latency.case] = latency
                 if self._save is not None:
                     self._save(latency)
+
+
+def _timed(
+    kernels: Sequence[_Wanted],
+    stopwatch: Stopwatch,
+    progress: Callable[[float], None] | None = None,
+) -> list[KernelLatency]:
+    """Make kernels ready and time them side by side, in this process."""
+    start_s = time.monotonic()
+    ops = [backend.op(layer, scheme) for backend, layer, scheme in kernels]
+    backend = kernels[0][0]
+    reference = backend.reference()
+    left_s = max(stopwatch.budget_s - (time.monotonic() - start_s), stopwatch.budget_s / 2)
+    return replace(stopwatch, budget_s=left_s).measure(ops, reference, backend.device, progress)
+
+
+def _timed_there(
+    timing: Callable[[], list[KernelLatency]], hardware: str, device: str
+) -> list[KernelLatency]:
+    """Time kernels on a machine that is the one they were chosen for."""
+    here = get_kernels(hardware).device
+    if here != device:
+        raise InvalidInputError(
+            "device",
+            f"nodes of one device name are different machines, {device!r} and {here!r}: give each "
+            f"a name of its own",
+        )
+    return timing()
 
 
 def noise_note(table: CostTable) -> str:

@@ -14,7 +14,7 @@ from mpq.core.problem import Allocation, Budget, Problem
 from mpq.core.protocols import Scores, Task
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.evaluate import Candidate, measure
-from mpq.scoring import run_task, score
+from mpq.scoring import run_task, score, work_of
 from mpq.tasks import Workers
 from sensitivity import METRICS, get_metric
 from solvers import solve
@@ -140,7 +140,7 @@ def _seconds_left(workers: Workers, name: str, of_metric: Sequence[Task]) -> flo
     missing = [key for key in tasks if key not in done]
     if not missing:
         return 0.0
-    workers.finished(f"trying ({name})", run_task, [(missing[0], (name, tasks[missing[0]]))])
+    workers.finished(f"trying ({name})", run_task, [work_of(name, tasks[missing[0]])])
     return workers.store.partial_seconds(missing[:1])[missing[0]] * (len(missing) - 1)
 
 

@@ -39,16 +39,25 @@ def run_here(
     ] = None,
     executor: Annotated[str | None, typer.Option(help="Where tasks run: ray or serial.")] = None,
     ray_address: RayAddress = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(help="What each worker of Ray takes: gpu=1, device:NAME=1; may repeat."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the HTML page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search here and now, print the answer and write its HTML page."""
-    from mpq.jobfile import load_job
+    from mpq.jobfile import load_job, parse_resources
     from mpq.report import check_writable
     from mpq.terminal import print_run
 
     check_writable(report or Path("mpq-report.html"))  # not after an hour of search
-    changes = {"budgets": budget, "executor": executor, "ray_address": ray_address}
+    changes = {
+        "budgets": budget,
+        "executor": executor,
+        "ray_address": ray_address,
+        "worker_resources": parse_resources(worker or []),
+    }
     spec = load_job(job, {key: value for key, value in changes.items() if value})
 
     from mpq.pipeline import run_job

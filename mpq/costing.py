@@ -5,11 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from hw_cost_models import COST_MODELS, get_cost_model, get_hardware, get_kernels, is_local
-from hw_cost_models.latency import MeasuredLatency, noise_note
+from hw_cost_models import (
+    COST_MODELS,
+    get_cost_model,
+    get_hardware,
+    get_kernels,
+    is_measured,
+    place_of,
+)
+from hw_cost_models.latency import MeasuredLatency, Run, noise_note
 from hw_cost_models.measured.backend import KernelBackend
 from hw_cost_models.measured.capability import BACKEND
 from mpq.choices import parse_schemes
@@ -38,6 +47,8 @@ _OF_EXPERTS = (
 )
 _NOTHING = "in none that is not wider than its weights: leave it out with skip"
 LATENCY = "latency"  # the time on the sample, or the mean of all profiles
+RunExclusively = Callable[..., Any]  # (fn, resources), as in mpq.core.protocols.Executor
+_SHARE = 0.001  # of a node's device: the resource says where, workers may hold the rest
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
 
@@ -54,8 +65,9 @@ class Hardware:
     one every scheme that can be stored is offered. `beside(cost)` returns the options of the
     models of what is in memory while the network runs. With profiles (`served`) each has a time
     of its own, a scheme is offered where all of them have its kernels, and "latency" is their
-    weighted mean; without, it is the time on the sample. Raises InvalidInputError for hardware, a
-    budgeted cost or one to minimise that is unknown.
+    weighted mean; without, it is the time on the sample. Kernels of a node of a cluster are timed
+    there, by what `run_exclusively(fn, resources)` of an executor runs. Raises InvalidInputError
+    for hardware, a budgeted cost or one to minimise that is unknown.
     """
 
     def __init__(
@@ -66,14 +78,20 @@ class Hardware:
         progress: Progress,
         beside: Callable[[str], Mapping[str, int]] = lambda _: {},
         served: Mapping[str, Served] | None = None,
+        run_exclusively: RunExclusively | None = None,
     ) -> None:
         self._served = served or {}
         self._layers = [one.graph.by_name for one in self._served.values()]
         self._hardware = spec.hardware
         self._model: LatencyModel | None = None
         self._kernel_times: MeasuredLatency | None = None
-        if is_local(spec.hardware):
-            self._kernels = get_kernels(spec.hardware, num_threads=_NUM_THREADS)
+        self._run: Run | None = None
+        if is_measured(spec.hardware):
+            place, self._whose = place_of(spec.hardware)
+            if place:
+                self._run = _on_node(place, self._whose, run_exclusively)
+            make = partial(get_kernels, self._whose, num_threads=_NUM_THREADS)
+            self._kernels: KernelBackend = self._run(make) if self._run else make()
             self.device = self._kernels.device
         else:
             self._model = get_hardware(spec.hardware)
@@ -118,6 +136,8 @@ class Hardware:
 
     @property
     def _machine(self) -> str:
+        if self._run is not None:
+            return self._hardware
         return "this machine" if self._model is None else "it"
 
     def _offered(self, layer: Layer) -> Sequence[Scheme]:
@@ -242,6 +262,13 @@ class Hardware:
         from mpq.deploy.target import TARGETS, get_target
         from mpq.deploy.whole import WholeNetwork, with_whole
 
+        if self._run is not None:
+            log(
+                LATENCY,
+                f"of the searched layers only: whole networks are timed on the machine of the "
+                f"search, not on {self._hardware}",
+            )
+            return {}
         target = self._hardware.partition(":")[2] or BACKEND
         if target not in TARGETS:
             log(LATENCY, f"of the searched layers only: {self._hardware} times no whole network")
@@ -295,7 +322,8 @@ class Hardware:
 
     def _measuring(self, listen: Callable[[float], None] | None = None) -> MeasuredLatency:
         return MeasuredLatency(
-            hardware=self._hardware,
+            hardware=self._whose,
+            run=self._run,
             num_threads=_NUM_THREADS,
             budget_s=self._seconds,
             known=self._store.kernel_latencies(self.device),
@@ -303,6 +331,16 @@ class Hardware:
             seed=self._seed,
             progress=listen,
         )
+
+
+def _on_node(device: str, whose: str, run_exclusively: RunExclusively | None) -> Run:
+    """Return what runs a function on a node that has the resource of a device."""
+    if run_exclusively is None:
+        raise InvalidInputError(
+            "hardware", f"hardware 'device:{device}' is a node of a Ray cluster: none is connected"
+        )
+    needs = {f"device:{device}": _SHARE} | ({"gpu": 1.0} if whose.endswith(":cuda") else {})
+    return partial(run_exclusively, resources=needs)
 
 
 def _without_kernel(layer: Layer) -> tuple[Scheme, ...]:

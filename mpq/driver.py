@@ -13,6 +13,7 @@ from types import FrameType
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.jobs import RunState
 from mpq.driving import driving
+from mpq.executing import warm_executor_for
 from mpq.logged import Logged
 from mpq.progress import Advance
 from mpq.store.store import Store, open_store
@@ -57,10 +58,13 @@ def drive(store: Store, run_id: str, instead_of: str | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _given_up)
     with driving(store, run_id, instead_of=instead_of, own_process=True):
-        from mpq.pipeline import run_job
-
         try:
-            run_job(store.run(run_id).spec, store, Logged.of(run_id, Kept(store, run_id)), run_id)
+            spec = store.run(run_id).spec
+            executor = warm_executor_for(spec)
+
+            from mpq.pipeline import run_job  # imports torch: workers do the same meanwhile
+
+            run_job(spec, store, Logged.of(run_id, Kept(store, run_id)), run_id, executor)
         except Exception as error:
             if store.run(run_id).state in (RunState.PENDING, RunState.RUNNING):
                 failure = error if isinstance(error, MpqError) else _told(error)

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import Evaluation
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Partial
-from mpq.nn.batches import Batch, call, cut, num_samples, position_mask
+from mpq.nn.batches import Batch, call, cut, num_samples, portions, position_mask
 from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.patch import evaluating
 from mpq.nn.quality import degradations
 from mpq.nn.workload import Workload
 from mpq.quality_tables import qualities_digest
-from mpq.tasks import Bench, Split, Workers
+from mpq.tasks import Bench, Split, Work, Workers
 
 _VERSION = 2  # part of every content key: raise it when results change
 _METRIC, _QUALITY = "metric ", "quality "
@@ -52,7 +53,7 @@ def measure(workers: Workers, candidates: Sequence[Candidate]) -> list[Evaluatio
     """
     workload = workers.workload
     work = [
-        (_key(workload, candidate, piece), (candidate, piece))
+        _work(workload, candidate, piece)
         for candidate in candidates
         for piece in _pieces(workload, candidate)
     ]
@@ -101,8 +102,7 @@ def run_candidate(bench: Bench, work: tuple[Candidate, Piece]) -> Partial:
             batch = bench.batches(candidate.split)[number]
             if samples < num_samples(batch) == len(reference):
                 batch, reference = cut(batch, 0, samples), reference[:samples]
-            compared = _compared(workload, batch, reference, call(model, batch))
-            found = {name: values.numpy() for name, values in compared.items()}
+            found = _in_portions(workload, model, batch, reference)
         elif workload.evaluate is not None:
             metrics = _numbers(workload.evaluate(model), workload.qualities)
             found = {f"{_METRIC}{name}": np.array(value) for name, value in metrics.items()}
@@ -118,8 +118,7 @@ def check_evaluate(workers: Workers) -> None:
     if workload.evaluate is None:
         return
     whole = Candidate(name="unquantized", split="calibration", allocation=Allocation({}))
-    metrics = (_METRICS, 0)
-    work = [(_key(workload, whole, metrics), (whole, metrics))]
+    work = [_work(workload, whole, (_METRICS, 0))]
     (found,) = workers.finished("evaluating (unquantized)", run_candidate, work)
     for name, value in _metrics(found).items():
         if math.isinf(value):
@@ -156,6 +155,18 @@ def _numbers(metrics: object, qualities: Collection[str]) -> dict[str, float]:
     return found
 
 
+def _in_portions(
+    workload: Workload, model: nn.Module, batch: Batch, reference: torch.Tensor
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Return what `_compared` says of a batch, no more samples at once than memory allows."""
+    found, first = [], 0
+    for portion in portions(batch, workload.at_once):
+        output = call(model, portion)
+        found.append(_compared(workload, portion, reference[first : first + len(output)], output))
+        first += len(output)
+    return {name: torch.cat([one[name] for one in found]).cpu().numpy() for name in found[0]}
+
+
 def _compared(
     workload: Workload, batch: Batch, reference: torch.Tensor, output: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -166,6 +177,15 @@ def _compared(
         "per_sample": workload.divergence.between(reference, output, mask).double(),
         **{f"{_QUALITY}{name}": values for name, values in found.items()},
     }
+
+
+def _work(workload: Workload, candidate: Candidate, piece: Piece) -> Work[tuple[Candidate, Piece]]:
+    number, samples = piece
+    key, of = _key(workload, candidate, piece), f"{candidate.name!r}"
+    if number == _METRICS:
+        return Work(key, (candidate, piece), f"evaluate of {of}")
+    where = f"{candidate.split.replace('_', '-')} batch {number}"
+    return Work(key, (candidate, piece), f"measuring {of} on {where}", samples)
 
 
 def _key(workload: Workload, candidate: Candidate, piece: Piece) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,20 @@ def job_names() -> dict[str, tuple[str, ...]]:
     from solvers import SOLVERS
 
     return {"metric": ("auto", *METRICS), "solver": tuple(dict.fromkeys(("auto", *SOLVERS)))}
+
+
+def parse_resources(texts: Sequence[str]) -> dict[str, float]:
+    """Return what "gpu=1" and "device:NAME=1" say; raises InvalidInputError (`resource`)."""
+    found = {}
+    for text in texts:
+        name, _, amount = text.partition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            raise InvalidInputError(
+                "resource", f"what a worker takes is NAME=AMOUNT such as gpu=1, got {text!r}"
+            ) from None
+    return found
 
 
 def _json(text: str) -> Any:

@@ -23,12 +23,13 @@ from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
 from mpq.core.profiles import Profile, given_profiles
-from mpq.core.protocols import Scores
+from mpq.core.protocols import Executor, Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
 from mpq.decoupled import check_groups, decoupled
 from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
+from mpq.executing import executor_for
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
@@ -48,7 +49,6 @@ from sensitivity import get_metric
 from solvers import get_solver
 from solvers.risk import at_risk
 from solvers.trust import cross_validated
-from workers import get_executor
 
 
 def search(
@@ -78,6 +78,9 @@ def search(
     executor: Literal["ray", "serial"] = "ray",
     num_workers: int | None = None,
     ray_address: str | None = None,
+    worker_resources: Mapping[str, float] | None = None,
+    task_tries: int = 3,
+    task_grace_seconds: float = 600.0,
     num_probes: int = 2,
     refine: int = 4,
     latency_seconds: float = 60.0,
@@ -101,8 +104,8 @@ def search(
     Profile(tokens=1, weight=64.0)} are the shapes of a network that is served in several: each
     is a cost by its name ("decode <= 20 ms"), and latency is their weighted mean. Budgets are
     texts such as "memory <= 60%", "latency <= 3 ms", "memory <= uniform int4" or Budget records.
-    `schemes` defaults to what the hardware runs:
-    "local" is this machine, measured; "roofline:H100" a model of one that is not here,
+    `schemes` defaults to what the hardware runs: "local" is this machine, measured, "device:NAME" a
+    node of the Ray cluster, measured there; "roofline:H100" a model of one that is not here,
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
@@ -118,7 +121,8 @@ def search(
     solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
     `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
     Each budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as
-    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port").
+    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port"), by
+    workers that take `worker_resources` such as {"gpu": 1}; tries and grace of tasks: see JobSpec.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
@@ -167,6 +171,9 @@ def search(
         executor=executor,
         num_workers=num_workers,
         ray_address=ray_address,
+        worker_resources=dict(worker_resources or {}),
+        task_tries=task_tries,
+        task_grace_seconds=task_grace_seconds,
         seed=seed,
         num_probes=num_probes,
         refine=refine,
@@ -197,11 +204,13 @@ def run_job(
     storage: str | Store | None = None,
     progress: Progress | None = None,
     run_id: str | None = None,
+    executor: Executor | None = None,
 ) -> SearchResult:
     """Run a job whose parts are kept or entry points, here; `run_id` is a run that we drive."""
     store = open_store(storage)
     given = load(**parts_of(store, spec))
-    return run(spec, given, store, progress or Silent(), run_id=run_id)
+    progress = progress or Silent()
+    return run(spec, given, store, progress, run_id=run_id, executor=executor)
 
 
 def run(
@@ -211,14 +220,16 @@ def run(
     progress: Progress,
     stages: Callable[[JobSpec, Prepared], None] | None = None,
     run_id: str | None = None,
+    executor: Executor | None = None,
 ) -> SearchResult:
     """Do every stage of a checked job; a failure is kept with the run and raised.
 
     `stages` are what follows the preparation, by default those of a search. `run_id` is a run
-    whose lease the caller holds; what an earlier driver finished is not done again.
+    whose lease the caller holds; what an earlier driver finished is not done again. `executor` is
+    one that was made for the job; it is closed at the end.
     """
     with warnings_kept() as keep, ExitStack() as stack:
-        executor = get_executor(spec.executor, spec.num_workers, spec.ray_address)
+        executor = executor or executor_for(spec)
         stack.callback(executor.close)
         if spec.metric != AUTO:
             get_metric(spec.metric)
@@ -229,7 +240,8 @@ def run(
         beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
         graph = graph_of(spec, given)
         served = served_of(spec, given, graph)
-        hardware = Hardware(spec, budgets, store, progress, beside, served)
+        alone = executor.run_exclusively
+        hardware = Hardware(spec, budgets, store, progress, beside, served, alone)
         workload = make_workload(spec, given, graph, hardware.schemes)
         check_groups(spec, workload.graph)
         if run_id is None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from hw_cost_models import get_cost_model, get_hardware, is_local
+from hw_cost_models import get_cost_model, get_hardware, is_measured
 from hw_cost_models.attention import decode_seconds, prefill_seconds
 from hw_cost_models.memory import storable
 from hw_cost_models.roofline import Roofline, presets
@@ -126,7 +126,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def _roofline(hardware: str) -> Roofline:
-    found = None if is_local(hardware) else get_hardware(hardware)
+    found = None if is_measured(hardware) else get_hardware(hardware)
     if not isinstance(found, Roofline):
         raise InvalidInputError(
             "hardware",

@@ -9,11 +9,11 @@ import torch
 
 from mpq.core.protocols import Partial
 from mpq.core.tables import SensitivityTable
-from mpq.nn.batches import Batch
+from mpq.nn.batches import Batch, num_samples
 from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.quality import Quality, degradations
 from mpq.nn.workload import Workload
-from mpq.tasks import Bench, Workers
+from mpq.tasks import Bench, Work, Workers
 from sensitivity.alone import alone
 from sensitivity.tasks import mean_over_samples
 
@@ -35,7 +35,15 @@ def quality_tables(workers: Workers) -> dict[str, SensitivityTable]:
     workload = workers.workload
     cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
     setting = ("quality", _VERSION, workload.key, cells, qualities_digest(workload))
-    work = [(digest(setting, key), number) for number, key in enumerate(workload.batch_keys)]
+    work = [
+        Work(
+            digest(setting, key),
+            number,
+            f"qualities of calibration batch {number}",
+            num_samples(workload.calibration[number]),
+        )
+        for number, key in enumerate(workload.batch_keys)
+    ]
     partials = workers.finished("scoring (qualities)", run_qualities, work)
     tables = {}
     for name in workload.qualities:

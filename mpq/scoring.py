@@ -17,7 +17,7 @@ from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import digest
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
-from mpq.tasks import Bench, Workers
+from mpq.tasks import Bench, Work, Workers
 from sensitivity import get_metric
 from sensitivity.responses import responses_of_batch
 
@@ -63,9 +63,7 @@ def score(
     for number in sorted({task.round for task in tasks}) if enough else [last]:
         some = [task for task in tasks if task.round <= number]
         label = f"scoring ({metric_name})" + (f" to round {number}" if number < last else "")
-        partials = workers.finished(
-            label, run_task, [(task.key, (metric_name, task)) for task in some]
-        )
+        partials = workers.finished(label, run_task, [work_of(metric_name, task) for task in some])
         scores = metric.combine(workers.workload.cells, partials)
         # the first task has no error bar yet where that is over batches: 0 is not precise then
         known = len(some) > 1 or bool(scores.sensitivity.stderr.any())
@@ -76,6 +74,11 @@ def score(
             break
     _warn_about(scores)
     return scores
+
+
+def work_of(metric: str, task: Task) -> Work[tuple[str, Task]]:
+    """Return a task of a metric as workers take it."""
+    return Work(task.key, (metric, task), f"{metric} of {task.label or task.part}", task.samples)
 
 
 def run_task(bench: Bench, work: tuple[str, Task]) -> Partial:
@@ -92,7 +95,12 @@ def relinearise(workers: Workers, base: Allocation) -> Responses:
     counts = [num_samples(batch) for batch in workload.calibration]
     firsts = [sum(counts[:number]) for number in range(len(counts))]  # choose the random signs
     work = [
-        (digest(setting, base.text(), batch_key, first), (number, base))
+        Work(
+            digest(setting, base.text(), batch_key, first),
+            (number, base),
+            f"linearising on calibration batch {number}",
+            counts[number],
+        )
         for number, (batch_key, first) in enumerate(zip(workload.batch_keys, firsts, strict=True))
     ]
     partials = workers.finished("linearising again", run_relinearisation, work)

@@ -54,5 +54,5 @@ def _weighed_squares(calls: Sequence[LocalCall], choices: int, samples: int) -> 
     for call in calls:
         for choice, gradient, change in call.terms():
             products = gradient.square().mean(0) * change.square()
-            found[choice] += products.reshape(samples, -1).sum(1)
+            found[choice] += products.reshape(samples, -1).sum(1).cpu()
     return found

@@ -1,9 +1,10 @@
 """What every searched layer sees and gives during one forward pass, and how outputs depend on it.
 
 A calibration batch is worked on in parts, so that the memory held is bounded whatever the batch:
-a part is as many samples as keep all layer inputs, outputs and their gradients under a limit, or
-one sample where layers do not keep samples apart. Random signs belong to the sample, by its place
-in the calibration data: results are the same however the samples are cut into batches.
+a part is as many samples as keep all layer inputs, outputs and their gradients under a limit, at
+most as many as the workload takes at once, or one sample where layers do not keep samples apart.
+Random signs belong to the sample, by its place in the calibration data: results are the same
+however the samples are cut into batches or parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
-from mpq.nn.batches import Batch, cut, num_samples, position_mask
+from mpq.nn.batches import Batch, cut, num_samples, portions, position_mask
 from mpq.nn.patch import evaluating
 from mpq.nn.weights import ExpertWeight, layer_modules
 from mpq.nn.workload import Workload
@@ -44,21 +45,34 @@ def parts(workload: Workload, number: int, rows: int) -> Iterator[Part]:
     batch = workload.calibration[number]
     first = sum(num_samples(earlier) for earlier in workload.calibration[:number])
     total = num_samples(batch)
-    step = min(total, _samples_at_once(workload, number, batch, rows))
+    most = min(total, workload.at_once or total)
+    step = min(most, _samples_at_once(workload, number, batch, rows, most))
     for start in range(0, total, step):
         stop = min(start + step, total)
         part = batch if step == total else cut(batch, start, stop)
         yield Part(number, part, first + start, stop - start)
 
 
-def _samples_at_once(workload: Workload, number: int, batch: Batch, rows: int) -> int:
+def loss_parts(workload: Workload, number: int) -> Iterator[Part]:
+    """Yield the parts of a batch over which the loss of the batch is a mean, by their samples.
+
+    A user's loss is of the whole batch; the divergence is a mean over samples.
+    """
+    batch = workload.calibration[number]
+    first = sum(num_samples(earlier) for earlier in workload.calibration[:number])
+    for portion in portions(batch, workload.at_once if workload.loss is None else None):
+        yield Part(number, portion, first, num_samples(portion))
+        first += num_samples(portion)
+
+
+def _samples_at_once(workload: Workload, number: int, batch: Batch, rows: int, most: int) -> int:
     """Return how many samples fit, 1 where a layer's rows are not those of sample 0, then 1, ...
 
     Compares what layers see of the first sample alone with what they see of the first two: a
     layer may read another axis first (time), or something that all samples share (positions; what
     stands for the input of experts, whose gradient is a sum over samples).
     """
-    if num_samples(batch) == 1:
+    if most == 1:
         return 1
     seen = []
     for count in (1, 2):

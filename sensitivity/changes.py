@@ -72,20 +72,23 @@ class Change:
                 yield i, replay(self._module, inputs_seen, self._stored[i], None) - before
 
     def inner(self, inputs: torch.Tensor, gradient: torch.Tensor, samples: int) -> torch.Tensor:
-        """Return <gradient_k, change_c> for each sample: (choices, samples, len(gradient))."""
+        """Return <gradient_k, change_c> of each sample, on the processor.
+
+        The shape is (choices, samples, len(gradient)).
+        """
         found = torch.zeros(len(self._choices), samples, len(gradient))
         changed, _ = self._split()
         if isinstance(self._module, ExpertWeight):  # of one sample
             for i in changed:
                 delta = (self._stored[i] - self._weight).flatten()
-                found[i, 0] = torch.mv(gradient.flatten(1), delta).float()
+                found[i, 0] = torch.mv(gradient.flatten(1), delta).float().cpu()
             return found
         seen = self._seen(inputs, self._base)
         ghost = bool(changed) and self._ghost_is_cheaper(seen, gradient, samples, len(changed))
         if ghost:
-            found[changed] = self._ghost(seen, gradient, samples, changed).float()
+            found[changed] = self._ghost(seen, gradient, samples, changed).float().cpu()
         for i, change in self.outputs(inputs) if not ghost else self._of_inputs(inputs):
-            found[i] = _inner(gradient, change, samples)
+            found[i] = _inner(gradient, change, samples).cpu()
         return found
 
     def _of_inputs(self, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

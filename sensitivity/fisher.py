@@ -65,6 +65,6 @@ def _scores(part: LocalPart) -> Floats:
             changed = [i for i, delta in enumerate(weight.deltas) if delta is not None]
             if used and changed:
                 squared = torch.stack([d.square() for d in weight.deltas if d is not None])
-                scores = weighted_squares(used, squared, part.samples).double().mean(0)
+                scores = weighted_squares(used, squared, part.samples).double().mean(0).cpu()
                 found[offset + np.array(changed)] += scores.T.numpy()
     return found

@@ -95,7 +95,7 @@ def _scores(workload: Workload, part: Part, exact: bool) -> Floats:
         for weight in stored_weights(workload, unit, schemes):
             used = weight.calls(workload, calls, gradients)
             if used:
-                traces = squared_norms(used, part.samples).double().sum(0).numpy()
+                traces = squared_norms(used, part.samples).double().sum(0).cpu().numpy()
                 rows += np.outer(weight.squared, traces) / weight.layer.num_weights
         for name in unit.layers:
             for (inputs, _), gradient in zip(calls.of(name), gradients[name], strict=True):
@@ -135,5 +135,5 @@ def _input_norms(
         output = replay(module, x, weight.detach(), None)
         for row in gradient:
             (at_input,) = torch.autograd.grad(output, x, row, retain_graph=True)
-            total += at_input.reshape(samples, -1).double().square().sum(1)
+            total += at_input.reshape(samples, -1).double().square().sum(1).cpu()
     return total

@@ -12,6 +12,7 @@ can be differentiated again and then one product, about two backward passes, for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import function_digest
 from mpq.nn.workload import Workload
-from sensitivity.calls import Part
+from sensitivity.calls import Part, loss_parts
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.negative import warn_of_negative
 from sensitivity.tasks import batch_tasks, refuse_activations
@@ -43,18 +44,23 @@ class HessianQuadratic:
         Raises InvalidInputError for schemes that quantize activations.
         """
         refuse_activations(self.name, workload)
-        return batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
+        tasks = batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
+        if workload.loss is None:
+            return tasks
+        return [replace(task, samples=None) for task in tasks]  # a loss is asked of whole batches
 
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return "scores" of (cells,) and the number of "samples" they are the mean of."""
         (number,) = task.part
-        batch = workload.calibration[number]
-        samples = num_samples(batch)
-        found = [
-            _of_unit(workload, Part(number, batch, 0, samples), unit, schemes)
-            for unit, schemes in zip(workload.graph.units, workload.cells.schemes, strict=True)
-        ]
-        return {"scores": np.concatenate(found), "samples": np.array(samples)}
+        samples = num_samples(workload.calibration[number])
+        scores = np.zeros(len(workload.cells))
+        for part in loss_parts(workload, number):
+            found = [
+                _of_unit(workload, part, unit, schemes)
+                for unit, schemes in zip(workload.graph.units, workload.cells.schemes, strict=True)
+            ]
+            scores += np.concatenate(found) * (part.samples / samples)
+        return {"scores": scores, "samples": np.array(samples)}
 
     def combine(self, cells: Cells, partials: Sequence[Partial]) -> Scores:
         """Return the mean over samples; its error is over batches, however they are cut.

@@ -19,10 +19,9 @@ import torch
 
 from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, SensitivityTable
-from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import function_digest
 from mpq.nn.workload import Workload
-from sensitivity.calls import Part
+from sensitivity.calls import loss_parts
 from sensitivity.estimators.hutchinson import sign_vector
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.negative import warn_of_negative
@@ -80,7 +79,7 @@ class HessianTop:
 
 def _top(workload: Workload, weight: torch.Tensor, start: torch.Tensor) -> tuple[float, float]:
     """Return the eigenvalue of the largest magnitude and its last change."""
-    v = start.reshape(weight.shape) / start.norm()
+    v = (start.reshape(weight.shape) / start.norm()).to(weight)
     value, change = 0.0, 0.0
     with twice_differentiable(workload, weight):
         for iteration in range(_MOST_ITERATIONS):
@@ -97,10 +96,9 @@ def _top(workload: Workload, weight: torch.Tensor, start: torch.Tensor) -> tuple
 def _product(workload: Workload, weight: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return H v of the mean loss over the samples of all batches."""
     total, samples = torch.zeros_like(v), 0
-    for number, batch in enumerate(workload.calibration):
-        count = num_samples(batch)
-        loss = loss_on(workload, Part(number, batch, samples, count))
-        (product,) = HessianProducts(loss, [weight])([v])
-        total += count * product
-        samples += count
+    for number in range(len(workload.calibration)):
+        for part in loss_parts(workload, number):
+            (product,) = HessianProducts(loss_on(workload, part), [weight])([v])
+            total += part.samples * product
+            samples += part.samples
     return total / samples

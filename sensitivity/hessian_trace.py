@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import digest, function_digest
 from mpq.nn.workload import Workload
-from sensitivity.calls import Part, parts
+from sensitivity.calls import loss_parts, parts
 from sensitivity.estimators.hutchinson import quadratic_forms, sign_vector
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.input_changes import squared_input_changes
@@ -60,7 +61,7 @@ class HessianTrace:
         """
         units = unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
         return [
-            Task(digest(task.key, number), (*task.part, number), round=number)
+            replace(task, key=digest(task.key, number), part=(*task.part, number), round=number)
             for number in range(len(_ROUNDS))
             for task in units
         ]
@@ -140,15 +141,17 @@ def _weight_draws(
     start = generator.get_state()
     with twice_differentiable(workload, weight):
         for number, batch in enumerate(workload.calibration):
-            generator.set_state(start)
-            loss = loss_on(workload, Part(number, batch, 0, num_samples(batch)))
-            products = HessianProducts(loss, [weight])
+            draws = np.zeros(probes)
+            for part in loss_parts(workload, number):
+                generator.set_state(start)
+                products = HessianProducts(loss_on(workload, part), [weight])
 
-            def flat(v: torch.Tensor, products: HessianProducts = products) -> torch.Tensor:
-                return products([v.reshape(weight.shape)])[0].flatten()
+                def flat(v: torch.Tensor, products: HessianProducts = products) -> torch.Tensor:
+                    return products([v.reshape(weight.shape).to(weight)])[0].flatten().cpu()
 
-            size, dtype = weight.numel(), weight.dtype
-            found.append(list(quadratic_forms(flat, size, probes, generator, dtype)))
+                forms = quadratic_forms(flat, weight.numel(), probes, generator, weight.dtype)
+                draws += np.array(list(forms)) * (part.samples / num_samples(batch))
+            found.append(draws.tolist())
     return found
 
 
@@ -184,7 +187,7 @@ def _input_draws(
             for probe in range(probes):
                 vectors = [_signs_like(move, generators) for _, move in seen]
                 for v, hv, change in zip(vectors, products(vectors), changes, strict=True):
-                    of_sample = (v * hv).reshape(part.samples, -1).double().sum(1)
+                    of_sample = (v * hv).reshape(part.samples, -1).double().sum(1).cpu()
                     found[:, probe] += (change @ of_sample).numpy() / total
     return found
 
@@ -192,7 +195,7 @@ def _input_draws(
 def _signs_like(values: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     each = values.numel() // len(generators)
     signs = [sign_vector(each, generator, values.dtype) for generator in generators]
-    return torch.cat(signs).reshape(values.shape)
+    return torch.cat(signs).reshape(values.shape).to(values)
 
 
 @contextmanager

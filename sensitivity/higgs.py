@@ -139,7 +139,7 @@ def _noisy(
     )
     weight = workload.model.get_parameter(layer.weight_id).detach()
     wide = torch.promote_types(weight.dtype, torch.float32)
-    noise = torch.randn(weight.shape, generator=generator, dtype=wide)
+    noise = torch.randn(weight.shape, generator=generator, dtype=wide).to(weight.device)
     scale = size * weight.to(wide).norm() / noise.norm().clamp_min(1e-30)
     noisy = weight.to(wide) + scale * noise
     return reweighted(workload.model, {layer.weight_id: noisy.to(weight.dtype)})

@@ -23,6 +23,7 @@ def squared_input_changes(
         .reshape(samples, -1)
         .square()
         .sum(1)
+        .cpu()
         for fmt in {scheme.activations for scheme in schemes if not scheme.activations.is_native}
     }
     same = torch.zeros(samples, dtype=torch.float64)

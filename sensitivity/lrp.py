@@ -223,7 +223,7 @@ def _leaks(
 
 
 def _per_sample(values: torch.Tensor, samples: int) -> _Array:
-    sums: _Array = values.reshape(samples, -1).sum(1, dtype=torch.float64).numpy()
+    sums: _Array = values.reshape(samples, -1).sum(1, dtype=torch.float64).cpu().numpy()
     return sums
 
 

@@ -68,7 +68,7 @@ def channel_scores(workload: Workload) -> Mapping[tuple[LayerName, Scheme], Floa
     def add(part: LocalPart) -> None:
         for calls, schemes in zip(part.units(), workload.cells.schemes, strict=True):
             for (layer, choice), terms in _channels(calls, part.samples).items():
-                mean = terms.sum(0).double().numpy() / samples
+                mean = terms.sum(0).double().cpu().numpy() / samples
                 key = (layer, schemes[choice])
                 totals[key] = totals.get(key, np.zeros(len(mean))) + mean
 
@@ -80,7 +80,7 @@ def channel_scores(workload: Workload) -> Mapping[tuple[LayerName, Scheme], Floa
 def _all_channels(calls: Sequence[LocalCall], choices: int, samples: int) -> torch.Tensor:
     found = torch.zeros(choices, samples, dtype=torch.float64)
     for (_, choice), terms in _channels(calls, samples).items():
-        found[choice] += terms.sum(1)
+        found[choice] += terms.sum(1).cpu()
     return found
 
 

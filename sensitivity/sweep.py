@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from mpq.core.errors import InvalidInputError, MpqWarning
-from mpq.nn.batches import Batch, checked_call, cut, num_samples
+from mpq.core.memory import ran_out_of_memory
+from mpq.nn.batches import Batch, checked_call, cut, num_samples, portions
 from mpq.nn.weights import layer_module, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.prefix import Prefix, used_elsewhere
@@ -45,9 +46,10 @@ def sweep(
     A function maps (original output, changed output, batch) to one number for each sample, shape
     (N,); the result is one array (variants, samples) for each name. Outputs are those of plain
     forward passes of the whole batch bit for bit: what precedes a change is remembered, not run
-    again (sensitivity.prefix). A batch is cut in halves while what must be remembered of it is
-    more than memory allows. Every pass starts from the same state of the random generator. Raises
-    InvalidInputError where a function returns something else or a number that is not finite.
+    again (sensitivity.prefix). A batch is cut where the workload takes fewer samples at once, and
+    in halves while what must be remembered of it is more than memory allows. Every pass starts from
+    the same state of the random generator. Raises InvalidInputError where a function returns
+    something else or a number that is not finite.
 
     Cost: at most one forward pass for each variant, about half of that in a deep network.
     """
@@ -56,7 +58,11 @@ def sweep(
         generator = torch.get_rng_state()
         elsewhere = _used_elsewhere(workload, number, batch)
         torch.set_rng_state(generator)
-        found = list(_halves(workload, number, batch, variants, functions, elsewhere))
+        found = [
+            half
+            for portion in portions(batch, workload.at_once)
+            for half in _halves(workload, number, portion, variants, functions, elsewhere)
+        ]
     return {name: np.concatenate([part[name] for part in found], axis=1) for name in functions}
 
 
@@ -135,7 +141,9 @@ class _Passes:
         try:
             again = self._replayed(max(self.starts, default=0))
             same = self._prefix.in_step and torch.equal(again, self.reference)
-        except Exception:  # a user's forward that cannot stand what was remembered
+        except Exception as error:  # a user's forward that cannot stand what was remembered
+            if ran_out_of_memory(error):
+                raise
             same = False
         if not same:
             self._give_up()

@@ -30,17 +30,34 @@ def batch_tasks(workload: Workload, *setting: object) -> list[Task]:
     counts = [num_samples(batch) for batch in workload.calibration]
     firsts = np.cumsum([0, *counts])[:-1]
     return [
-        Task(digest(of_all, key, int(first)), (number,), round=number.bit_length())
+        Task(
+            digest(of_all, key, int(first)),
+            (number,),
+            round=number.bit_length(),
+            label=f"calibration batch {number}",
+            samples=counts[number],
+        )
         for number, (key, first) in enumerate(zip(workload.batch_keys, firsts, strict=True))
     ]
 
 
 def unit_tasks(workload: Workload, *setting: object) -> list[Task]:
-    """Return a task per unit, `part` is its number; the key holds all calibration batches."""
+    """Return a task per unit, `part` is its number; the key holds all calibration batches.
+
+    Its samples are those of the largest batch: with a loss they cannot be fewer, as it is asked
+    of whole batches.
+    """
     of_all = (setting, workload.key, workload.batch_keys, workload.num_probes, workload.seed)
     cells = workload.cells
+    largest = max(map(num_samples, workload.calibration))
+    samples = largest if workload.loss is None else None
     return [
-        Task(digest(of_all, unit, list(map(str, schemes)), number), (number,))
+        Task(
+            digest(of_all, unit, list(map(str, schemes)), number),
+            (number,),
+            label=f"unit {unit!r}",
+            samples=samples,
+        )
         for number, (unit, schemes) in enumerate(zip(cells.units, cells.schemes, strict=True))
     ]
 

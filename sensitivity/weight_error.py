@@ -36,7 +36,8 @@ class WeightError:
         """
         refuse_activations(self.name, workload)
         cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
-        return [Task(digest(self.name, _VERSION, workload.key, cells, workload.seed), ())]
+        key = digest(self.name, _VERSION, workload.key, cells, workload.seed)
+        return [Task(key, (), label="all weights")]
 
     def run(self, workload: Workload, task: Task) -> Partial:
         """Return "errors" of (cells,)."""

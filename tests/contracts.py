@@ -140,6 +140,13 @@ def metric_contract(metric: Metric, workload: Workload) -> Scores | None:
     for one, other in zip(partials, again, strict=True):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one)
+    if min(torch.finfo(p.dtype).bits for p in workload.model.parameters()) >= 32:
+        for task, partial in zip(tasks, partials, strict=True):
+            portions = metric.run(replace(workload, at_once=1 if task.samples else None), task)
+            assert partial.keys() == portions.keys()
+            for name in partial.keys() - {"operations"}:
+                largest = np.abs(partial[name]).max(initial=1e-6)
+                np.testing.assert_allclose(portions[name], partial[name], atol=1e-3 * largest)
     for last in {task.round for task in tasks}:
         some = [p for task, p in zip(tasks, partials, strict=True) if task.round <= last]
         early = metric.combine(workload.cells, some).sensitivity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.result import SearchResult
 from mpq.store.store import open_store
 from workers import get_executor
-from workers.ray_cluster import check_secure
+from workers.ray_cluster import _check_same, _why, check_secure
 
 ROOT = Path(mpq.__file__).parents[1]
 
@@ -247,6 +249,79 @@ def two_nodes() -> None:
     print("done")
 
 
+def one_gpu() -> None:
+    """A node says that it has a GPU; workers land there, and torch finds none."""
+    import platform
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from workers.ray_executor import RayExecutor
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2)
+    node = cluster.add_node(num_cpus=2, num_gpus=1, resources={"device:a100": 1})
+    resources = {"gpu": 1, "device:a100": 1}
+    executor = RayExecutor(address=cluster.address, resources=resources)
+
+    def fn(state: object, item: int) -> tuple[str, str]:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id()), os.environ["CUDA_VISIBLE_DEVICES"]
+
+    found = dict(executor.map(dict, fn, range(4)))
+    assert set(found.values()) == {(node.node_id, "0")}, found
+    assert executor.gpu
+    executor.close()
+    with pytest.raises(InvalidInputError, match=r"torch .* finds none there") as caught:
+        mpq.search(
+            nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),
+            [torch.randn(4, 6)],
+            budgets=["memory <= 60%"],
+            schemes=["int4", "int8"],
+            ray_address=cluster.address,
+            worker_resources=resources,
+            storage="sqlite://",
+        )
+    assert f"a worker on node {platform.node()} was given a GPU" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    ray.shutdown()
+    cluster.shutdown()
+    print("done")
+
+
+def asked_of_the_autoscaler() -> None:
+    import ray
+    from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.cluster_utils import Cluster
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    from workers.ray_executor import RayExecutor
+    from workers.schedule import Limits
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=1, resources={"device:near": 8})
+    limits = Limits(look_s=0.2, worth_s=0.5)
+    executor = RayExecutor(5, cluster.address, resources={"device:near": 1}, limits=limits)
+    asked = [
+        json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+        for _ in executor.map(dict, slow_place(0.5), range(20))
+    ]
+    worker = {"CPU": 1, "device:near": 1}
+    assert [worker] * 5 in asked, asked  # one task of 0.5 s each, at most five workers
+    assert all(len(bundles) <= 5 for bundles in asked)
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) == []
+    stopped = executor.map(dict, slow_place(0.5), range(20))
+    next(stopped)
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) != []
+    stopped.close()  # type: ignore[attr-defined]
+    assert json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)) == []
+    executor.close()
+    ray.shutdown()
+    cluster.shutdown()
+    print("done")
+
+
 def without_a_token() -> None:
     import ray
     from ray.cluster_utils import Cluster
@@ -272,6 +347,16 @@ def test_tasks_land_where_their_resources_are_and_nodes_come_and_go() -> None:
 
 
 @pytest.mark.slow
+def test_workers_with_a_gpu_land_where_it_is_and_say_where_torch_finds_none() -> None:
+    scenario("one_gpu", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+
+
+@pytest.mark.slow
+def test_the_autoscaler_hears_how_many_workers_have_work() -> None:
+    scenario("asked_of_the_autoscaler", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+
+
+@pytest.mark.slow
 def test_a_cluster_without_a_token_is_refused() -> None:
     scenario("without_a_token", RAY_AUTH_MODE="disabled")
 
@@ -290,6 +375,33 @@ def test_a_cluster_of_this_machine_alone_needs_no_token(address: str) -> None:
 def test_a_cluster_that_does_not_answer_is_told() -> None:
     with pytest.raises(StorageError, match=r"no Ray cluster answers at 192\.0\.2\.77:1"):
         check_secure("192.0.2.77:1", insecure=False)
+
+
+def test_a_cluster_that_refuses_this_process_says_what_to_set() -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at host:6379")
+    error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: token is missing or incorrect")
+    assert _why(error).startswith("it asks for a token that this process does not have: set RAY_")
+    assert _why(ConnectionError("no\nroute")) == "no"
+
+
+@pytest.mark.parametrize(
+    ("address", "same"),
+    [
+        ("auto", True),
+        ("10.0.0.7:6379", True),
+        ("127.0.0.1:6379", True),  # Ray tells a node's own name for it
+        ("127.0.0.1:6380", False),
+        ("10.0.0.8:6379", False),
+    ],
+)
+def test_a_process_is_connected_to_one_cluster(address: str, same: bool) -> None:
+    context = SimpleNamespace(gcs_address="10.0.0.7:6379")
+    ray = SimpleNamespace(get_runtime_context=lambda: context)
+    if same:
+        _check_same(ray, address)
+        return
+    with pytest.raises(InvalidInputError, match=r"connected to Ray at 10\.0\.0\.7:6379, not at"):
+        _check_same(ray, address)
 
 
 def test_the_serial_executor_has_no_address() -> None:

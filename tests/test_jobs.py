@@ -8,7 +8,7 @@ import pytest
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.jobs import JobSpec, RunState, check_transition
-from mpq.jobfile import load_job, parse_job
+from mpq.jobfile import load_job, parse_job, parse_resources
 
 ALLOWED = {
     ("PENDING", "RUNNING"),
@@ -147,6 +147,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("latency_seconds", float("nan")),
         ("latency_seconds", float("inf")),
         ("metric_seconds", -1.0),
+        ("task_tries", 0),
+        ("task_grace_seconds", 0.0),
         ("precision", 0.0),
         ("precision", 1.0),
         ("precision", float("nan")),
@@ -185,3 +187,22 @@ def test_quality_groups_of_another_kind_are_told_as_in_python(tmp_path: Path, gr
 def test_a_quality_without_a_name_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="quality: '' is no name"):
         parse_job({**SMALL, "quality": {"": "kl"}})
+
+
+@pytest.mark.parametrize("resources", [{"gpu": 0}, {"gpu": -1}, {"": 1}, {"device:a": True}])
+def test_what_a_worker_takes_is_a_positive_number(resources: dict[str, float]) -> None:
+    with pytest.raises(InvalidInputError, match=r"worker_resources is {'gpu': 1} or"):
+        JobSpec(model="a:b", calibration="a:c", budgets=(), worker_resources=resources)
+
+
+def test_the_serial_executor_gives_its_worker_nothing() -> None:
+    given = SMALL | {"executor": "serial", "worker_resources": {"gpu": 1}}
+    with pytest.raises(InvalidInputError, match=r"worker_resources .* is for executor 'ray'"):
+        parse_job(given)
+
+
+def test_resources_are_read_from_the_command_line() -> None:
+    assert parse_resources(["gpu=1", "device:a100 = 0.5"]) == {"gpu": 1.0, "device:a100": 0.5}
+    for text in ("gpu", "gpu=one"):
+        with pytest.raises(InvalidInputError, match="NAME=AMOUNT such as gpu=1, got"):
+            parse_resources([text])

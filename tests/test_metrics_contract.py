@@ -88,7 +88,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 
 def to_first_class(output: torch.Tensor, batch: Batch) -> torch.Tensor:
     rows = output.reshape(-1, output.shape[-1]).float()
-    return F.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+    return F.cross_entropy(rows, rows.new_zeros(len(rows), dtype=torch.long))
 
 
 def net(name: str, texts: tuple[str, ...], with_loss: bool = True) -> Workload:

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_several_failed_tasks_are_told_in_one_line() -> None:
     pool = cluster(Node(slots=3), faults=Faults(poison=frozenset([2, 9, 30])))
     found, error = until_error(Schedule(pool, QUICK), 40)
     assert len(found) == 37
-    assert str(error) == "task 2 failed: ValueError: no; 2 more tasks failed: 9, 30"
+    assert str(error) == "task 2 failed: ValueError: no; 2 more tasks failed: task 9, task 30"
 
 
 def test_where_nothing_ever_finishes_the_rest_is_not_tried() -> None:
@@ -296,11 +297,78 @@ def test_a_task_that_is_too_large_even_alone_is_told() -> None:
     pool = cluster(Node(slots=4), faults=Faults(starving=frozenset([3])))
     found, error = until_error(Schedule(pool, QUICK), 40)
     assert len(found) == 39
-    assert "task 3 ran out of memory, and again when nothing else ran" in str(error)
+    assert "task 3 ran out of memory with as little as it can do at once and nothing" in str(error)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """An item with a name, which can be done in portions."""
+
+    label: str
+    samples: int
+
+    def within(self, samples: int) -> Batch:
+        return replace(self, samples=samples)
+
+
+def batches(number: int, samples: int = 8) -> list[Batch]:
+    return [Batch(f"kl of batch {i}", samples) for i in range(number)]
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize(("fits", "most"), [(1, 1), (3, 2), (5, 4)])
+def test_a_task_that_runs_out_of_memory_is_halved_and_those_that_follow_too(
+    slots: int, fits: int, most: int
+) -> None:
+    pool = cluster(Node(slots=slots), faults=Faults(most_samples=fits))
+    with pytest.warns(MpqWarning, match=r"kl of batch \d+ ran out of memory: it and what follows"):
+        found = dict(Schedule(pool, QUICK).run(batches(40)))
+    assert {position: item for position, (_, item) in found.items()} == {
+        i: Batch(f"kl of batch {i}", most) for i in range(40)
+    }
+    halvings = round(math.log2(8 / most))
+    assert sum(pool.runs.values()) <= 40 + slots * halvings
+
+
+@pytest.mark.filterwarnings("ignore::mpq.core.errors.MpqWarning")
+def test_what_fits_is_remembered_for_the_next_run() -> None:
+    pool = cluster(Node(slots=2), faults=Faults(most_samples=2))
+    schedule = Schedule(pool, QUICK)
+    list(schedule.run(batches(10)))
+    before = sum(pool.runs.values())
+    list(schedule.run(batches(10)))
+    assert sum(pool.runs.values()) == before + 10
+
+
+@pytest.mark.filterwarnings("ignore::mpq.core.errors.MpqWarning")
+def test_one_sample_that_does_not_fit_is_told_and_holds_no_other_to_it() -> None:
+    pool = cluster(Node(slots=1), faults=Faults(starving=frozenset([3])))
+    schedule = Schedule(pool, QUICK)
+    found: list[tuple[int, Any]] = []
+    with pytest.raises(RunFailedError, match=r"^kl of batch 3 ran out of memory with as little"):  # noqa: PT012
+        for result in schedule.run(batches(10)):
+            found.append(result)  # noqa: PERF402 - what came before an error counts
+    assert sorted(position for position, _ in found) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert dict(schedule.run(batches(2)))[0][1].samples == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("kills", "the worker process died 3 times on kl of batch 5: signal 9"),
+        ("poison", "kl of batch 5 failed: ValueError: no"),
+        ("stuck", "kl of batch 5 hangs, it was tried 3 times"),
+    ],
+)
+def test_errors_call_a_task_by_its_label(kind: str, says: str) -> None:
+    pool = cluster(Node(slots=3), faults=Faults(**{kind: frozenset([5])}))
+    with pytest.raises(RunFailedError) as caught:
+        list(Schedule(pool, QUICK).run(batches(10)))
+    assert str(caught.value).startswith(says)
 
 
 def test_tiny_tasks_are_sent_together_and_long_ones_alone() -> None:
-    def batches(seconds: float) -> int:
+    def times_sent(seconds: float) -> int:
         sent = []
 
         class Counting(SimulatedCluster):
@@ -312,8 +380,8 @@ def test_tiny_tasks_are_sent_together_and_long_ones_alone() -> None:
         assert len(list(Schedule(pool, QUICK).run(items(4000)))) == 4000
         return len(sent)
 
-    assert batches(0.001) < 100
-    assert batches(2.0) == 4000
+    assert times_sent(0.001) < 100
+    assert times_sent(2.0) == 4000
 
 
 def test_tiny_tasks_still_occupy_every_process() -> None:
@@ -343,6 +411,39 @@ def test_a_run_left_midway_ends_what_is_at_work() -> None:
     left.close()  # type: ignore[attr-defined]
     assert first in everything(50)
     assert sorted(schedule.run(items(20))) == everything(20)
+
+
+def test_machines_are_asked_for_as_far_as_there_is_work_for_them() -> None:
+    pool = cluster(Node(slots=1), Node(slots=9, joins_s=200.0), seconds=lambda position: 30.0)
+    assert len(list(Schedule(pool, QUICK).run(items(100)))) == 100
+    first, second, *_, last = pool.wanted
+    assert first == 1  # before it is known what a task takes
+    assert 45 <= second <= 50  # 99 tasks of 30 s: 49 workers find a minute of work each
+    assert pool.wanted[1:] == sorted(pool.wanted[1:], reverse=True)
+    assert last == 0
+    tiny = cluster(Node(slots=2), seconds=lambda position: 0.01)
+    assert len(list(Schedule(tiny, QUICK).run(items(1000)))) == 1000
+    assert set(tiny.wanted) == {1, 0}
+    few = cluster(Node(slots=2), seconds=lambda position: 1000.0)
+    list(Schedule(few, Limits(grace_s=5000.0)).run(items(3)))
+    assert max(few.wanted) <= 3
+
+
+@pytest.mark.parametrize("how", ["left midway", "a task fails", "nothing starts"])
+def test_what_was_asked_for_is_taken_back_however_a_run_ends(how: str) -> None:
+    node = Node(slots=2, joins_s=1e6 if how == "nothing starts" else 0.0)
+    poison = frozenset(range(50)) if how == "a task fails" else frozenset()
+    pool = cluster(node, seconds=lambda position: 30.0, faults=Faults(poison=poison))
+    running = Schedule(pool, QUICK).run(items(50))
+    if how == "left midway":
+        next(running)
+        next(running)
+        running.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises((RunFailedError, StorageError)):
+            list(running)
+    assert len(pool.wanted) > 1
+    assert pool.wanted[-1] == 0
 
 
 def test_many_workers_and_failures_lose_nothing() -> None:

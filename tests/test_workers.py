@@ -241,6 +241,30 @@ def test_worker_processes_are_others(processes: Executor) -> None:
 
 
 @pytest.mark.slow
+def test_warm_workers_have_imported_and_are_the_first_to_work(fresh: Fresh) -> None:
+    executor = fresh(2)
+    executor.warm(["colorsys"])
+
+    def fn(state: object, item: int) -> tuple[int, bool]:
+        import sys
+        import time
+
+        time.sleep(0.2)
+        return os.getpid(), "colorsys" in sys.modules
+
+    found = dict(executor.map(NOTHING, fn, range(20))).values()
+    assert all(imported for _, imported in found)
+    assert len({process for process, _ in found}) <= 2
+
+
+@pytest.mark.slow
+def test_a_warm_worker_that_cannot_import_is_replaced(fresh: Fresh) -> None:
+    executor = fresh(2)
+    executor.warm(["no_such_module"])
+    assert list(executor.map(NOTHING, square(), [3])) == [(0, 9)]
+
+
+@pytest.mark.slow
 def test_more_workers_than_processors_do_not_wait_for_ever(fresh: Fresh) -> None:
     assert len(list(fresh(64).map(NOTHING, square(), range(4)))) == 4
 

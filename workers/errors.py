@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +31,12 @@ def of_user(error: MpqError) -> bool:
     return isinstance(error, InvalidInputError | InfeasibleError)
 
 
-def in_one(failed: dict[int, MpqError]) -> MpqError:
-    """Return one error for all tasks that failed."""
+def in_one(failed: dict[int, MpqError], names: Mapping[int, str]) -> MpqError:
+    """Return one error for all tasks that failed, by position, with the names of all."""
     first, *others = sorted(failed)
     if not others:
         return failed[first]
-    some = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
+    some = ", ".join(names[i] for i in others[:5]) + (", ..." if len(others) > 5 else "")
     error = RunFailedError(
         failed[first].code, f"{failed[first]}; {len(others)} more tasks failed: {some}"
     )

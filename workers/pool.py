@@ -73,6 +73,9 @@ class Pool(Protocol):
     def capacity(self) -> int:
         """Return how many processes there may be now, those that were started included."""
 
+    def want(self, processes: int) -> None:
+        """Tell whatever brings machines how many processes have work now; 0: none are needed."""
+
     def start(self) -> int:
         """Ask for a process: it is `Started`, then `Ready`, or has `Died` or `SetupFailed`."""
 

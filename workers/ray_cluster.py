@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpq.core.errors import InvalidInputError, StorageError
@@ -49,7 +50,7 @@ def connected(num_cpus: int, address: str | None, insecure: bool) -> Any:
             ray.init(address=address, **quiet)
         except Exception as error:
             raise StorageError(
-                "cluster", f"cannot reach the Ray cluster {address!r}: {_first_line(error)}"
+                "cluster", f"cannot reach the Ray cluster {address!r}: {_why(error)}"
             ) from error
     if address == "auto":
         try:
@@ -58,6 +59,13 @@ def connected(num_cpus: int, address: str | None, insecure: bool) -> Any:
             ray.shutdown()
             raise
     return ray
+
+
+def ask_for_machines(bundles: Sequence[Mapping[str, float]]) -> None:
+    """Tell the autoscaler of the cluster what must fit into it, instead of what it was told."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 def check_secure(address: str, insecure: bool) -> None:
@@ -108,10 +116,24 @@ def _asks_for_token(address: str) -> bool:
 
 def _check_same(ray: Any, address: str) -> None:
     there = ray.get_runtime_context().gcs_address
-    if address not in ("auto", there):
+    host, _, port = address.rpartition(":")
+    by_loopback = _is_loopback(host) and port == there.rpartition(":")[2]  # Ray tells its own name
+    if address not in ("auto", there) and not by_loopback:
         raise InvalidInputError(
             "ray_address", f"this process is connected to Ray at {there}, not at {address}"
         )
+
+
+def _why(error: Exception) -> str:
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)  # type: ignore[arg-type]
+    if any("AuthToken" in str(cause) for cause in causes):
+        return (
+            "it asks for a token that this process does not have: set RAY_AUTH_MODE=token, and the "
+            "cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import math
 import os
 import queue
 import time
@@ -10,17 +13,34 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from mpq.core.errors import MpqError, StorageError
+from mpq.core.errors import InvalidInputError, MpqError, StorageError
+from mpq.core.memory import ran_out_of_memory
 from workers.errors import sent, told
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
-from workers.ray_cluster import INSECURE, connected
+from workers.portions import named
+from workers.ray_cluster import INSECURE, ask_for_machines, connected
 from workers.schedule import Limits, Schedule
 
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+PATIENCE = "MPQ_RAY_PATIENCE"  # seconds; for clusters whose machines take minutes to come
+_WARM = 1  # workers: the first score needs one
+_MOST_ASKED = 1000  # workers, of an autoscaler: about what one search can keep busy
 _PATIENCE_S = 60.0  # with processes that do not start because others hold the CPUs
+
+
+def patience_s() -> float:
+    """Return how long a first worker may take to start; raises InvalidInputError (`patience`)."""
+    text = os.environ.get(PATIENCE)
+    try:
+        seconds = _PATIENCE_S if text is None else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidInputError("patience", f"{PATIENCE} is a number of seconds, got {text!r}")
+    return seconds
 
 
 class RayExecutor:
@@ -49,10 +69,12 @@ class RayExecutor:
         self._address = address
         self._insecure = insecure or os.environ.get(INSECURE) == "1"
         self._resources = dict(resources or {})
-        self._limits = limits
+        self.gpu = self._resources.get("gpu", 0) > 0
+        self._limits = limits or Limits(patience_s=patience_s())
         self._setup: Callable[[], Any] | None = None
         self._pool: _RayPool | None = None
         self._schedule: Schedule | None = None
+        self._warm: list[Any] = []  # actors that nothing has been asked of yet
 
     def map(
         self,
@@ -62,39 +84,66 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
-        A task whose worker process dies or hangs, or that raises, runs again on another, three
-        times in all; an exception in `setup` or `fn` is raised here as itself where it is an
-        MpqError, else as RunFailedError with its text, after all other tasks have finished.
+        A task whose worker process dies or hangs, or that raises, runs again on another, as often
+        as the limits allow; an exception in `setup` or `fn` is raised here as itself where it is
+        an MpqError, else as RunFailedError with its text, after all other tasks have finished.
         """
         items = list(items)
         if not items:
             return
         ray = self._connected()
         if self._schedule is None or self._pool is None or self._setup is not setup:
-            self.close()
+            if self._schedule is not None:
+                self._schedule.close()
             local = self._address is None
             most = self._num_workers or (os.cpu_count() if local else None)
             self._setup = setup
-            self._pool = _RayPool(ray, setup, self._resources, most, follows=not local)
-            self._schedule = Schedule(self._pool, self._limits or Limits(patience_s=_PATIENCE_S))
+            self._pool = _RayPool(ray, setup, self._resources, most, not local, self._warm)
+            self._schedule = Schedule(self._pool, self._limits)
         self._pool.take(fn)
         yield from self._schedule.run(items)
 
-    def run_exclusively(self, fn: Callable[[], Result]) -> Result:
+    def run_exclusively(
+        self, fn: Callable[[], Result], resources: Mapping[str, float] | None = None
+    ) -> Result:
         """Return `fn()`, run in a worker on a node where no other such call runs meanwhile.
 
         It takes the resource `bench`, of which a local Ray has one: `ray start
-        --resources='{"bench": 1}'` gives one to a node of a cluster.
+        --resources='{"bench": 1, "device:NAME": 1}'` gives one to a node of a cluster. Of
+        `resources` (default: those of a worker) it takes what is asked. Raises InvalidInputError
+        (`no_node`) where no node has all of them, RunFailedError where it died three times.
         """
         ray = self._connected()
-        options = _options({**self._resources, "bench": 1}, num_cpus=0)  # workers hold the CPUs
-        found: Result = ray.get(ray.remote(max_retries=2, **options)(_call).remote(fn))
-        return found
+        needs = {**(self._resources if resources is None else resources), "bench": 1.0}
+        check_node(ray.nodes(), {_named(name): amount for name, amount in needs.items()})
+        options = _options(needs, num_cpus=0)  # workers hold the CPUs
+        answer = ray.remote(max_retries=2, **options)(_answer).remote(fn)
+        try:
+            with told(f"what ran on a node with {', '.join(needs)}"):
+                found: Any = ray.get(answer)
+        except BaseException:
+            ray.cancel(answer, force=True)
+            raise
+        if isinstance(found, MpqError):
+            raise found
+        result: Result = found
+        return result
+
+    def warm(self, modules: Sequence[str]) -> None:
+        """Start the first workers, which import these modules while the caller gets ready.
+
+        They are taken up by the next `map`; where there is no room for them they wait.
+        """
+        ray, options = self._connected(), _options(self._resources)
+        number = min(_WARM, self._num_workers or _WARM)
+        self._warm += [_worker(ray, options, modules) for _ in range(number - len(self._warm))]
 
     def close(self) -> None:
         """End the worker processes; the local Ray stays for the next executor."""
         if self._schedule is not None:
             self._schedule.close()
+        while self._warm:
+            self._connected().kill(self._warm.pop())
         self._schedule = self._pool = self._setup = None
 
     def _connected(self) -> Any:
@@ -112,6 +161,7 @@ class _RayPool:
         resources: Mapping[str, float],
         most: int | None,
         follows: bool,
+        warm: list[Any],
     ) -> None:
         self._ray = ray
         self._setup_reference = ray.put(setup)
@@ -120,6 +170,7 @@ class _RayPool:
         self._needs = {"CPU": 1.0, **{_named(name): amount for name, amount in resources.items()}}
         self._most = most
         self._follows = follows
+        self._warm = warm
         self._actors: list[Any] = []
         self._holding: set[int] = set()  # those that have their resources
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -136,17 +187,25 @@ class _RayPool:
         # On a local Ray all is ours; in a cluster others hold some of it.
         there = ray.available_resources() if self._follows else ray.cluster_resources()
         free = int(min(there.get(name, 0.0) / amount for name, amount in self._needs.items()))
-        number = free + len(self._holding) if self._follows else max(1, free)
+        ours = len(self._holding) + len(self._warm)
+        number = free + ours if self._follows else max(1, free)
         return number if self._most is None else min(number, self._most)
+
+    def want(self, processes: int) -> None:
+        """Tell the autoscaler of a cluster, which heeds the last that any search has told it."""
+        if not self._follows:
+            return
+        number = min(processes, self._most or _MOST_ASKED)
+        ask_for_machines([self._needs] * number)
 
     def start(self) -> int:
         number = len(self._actors)
-        actor = self._ray.remote(**self._options)(_Worker).remote(self._setup_reference)
+        actor = self._warm.pop() if self._warm else _worker(self._ray, self._options)
         self._actors.append(actor)
         self._listen(number, actor.started.remote(), lambda _: Started(number))
         self._listen(
             number,
-            actor.set_up.remote(),
+            actor.set_up.remote(self._setup_reference),
             lambda error: Ready(number) if error is None else SetupFailed(number, error),
         )
         return number
@@ -210,17 +269,18 @@ class _RayPool:
 class _Worker:
     """What runs in a worker process."""
 
-    def __init__(self, setup: Callable[[], Any]) -> None:
-        self._setup = setup
+    def __init__(self, modules: Sequence[str]) -> None:
+        for module in modules:
+            importlib.import_module(module)
         self._state: Any = None
 
     def started(self) -> bool:
         return True
 
-    def set_up(self) -> MpqError | None:
+    def set_up(self, setup: Callable[[], Any]) -> MpqError | None:
         try:
             with told("setting up"):
-                self._state = self._setup()
+                self._state = setup()
         except MpqError as error:
             failure: MpqError = sent(error)
             return failure
@@ -233,10 +293,10 @@ class _Worker:
         began = time.perf_counter()
         result, failure, out_of_memory = None, None, False
         try:
-            with told(f"task {position}"):
+            with told(named(position, item)):
                 result = fn(self._state, item)
         except MpqError as error:
-            failure, out_of_memory = sent(error), _ran_out_of_memory(error.__cause__)
+            failure, out_of_memory = sent(error), ran_out_of_memory(error)
         return Outcome(
             position=position,
             seconds=time.perf_counter() - began,
@@ -246,8 +306,37 @@ class _Worker:
         )
 
 
-def _call(fn: Callable[[], Any]) -> Any:
-    return fn()
+def _worker(ray: Any, options: Mapping[str, Any], modules: Sequence[str] = ()) -> Any:
+    return ray.remote(**options)(_Worker).remote(modules)
+
+
+def _answer(fn: Callable[[], Any]) -> Any:
+    try:
+        with told("a call"):
+            return fn()
+    except MpqError as error:
+        return sent(error)
+
+
+def check_node(nodes: Iterable[Mapping[str, Any]], needs: Mapping[str, float]) -> None:
+    """Raise InvalidInputError where no node that is alive has everything; it says what they have.
+
+    `nodes` are as `ray.nodes()` tells of them.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(there.get(n, 0) >= amount for n, amount in needs.items()) for there in alive):
+        return
+    marks = ("GPU", "bench", "device:")
+    each = [
+        " and ".join(name for name in sorted(there) if name.startswith(marks)) or "neither"
+        for there in alive
+    ]
+    asked = json.dumps({name: 1 for name in needs if name != "GPU"})
+    raise InvalidInputError(
+        "no_node",
+        f"no node of the Ray cluster has {' and '.join(needs)}: of {len(alive)} nodes each has "
+        f"{'; '.join(each)}; start one with ray start --resources='{asked}'",
+    )
 
 
 def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any]:
@@ -257,10 +346,3 @@ def _options(resources: Mapping[str, float], num_cpus: int = 1) -> dict[str, Any
 
 def _named(resource: str) -> str:
     return "GPU" if resource == "gpu" else resource
-
-
-def _ran_out_of_memory(error: BaseException | None) -> bool:
-    """Tell what torch and Python raise: known by name and text, as torch is not imported here."""
-    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

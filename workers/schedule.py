@@ -17,6 +17,7 @@ from typing import Any
 from mpq.core.errors import MpqError, MpqWarning, RunFailedError
 from workers.errors import HOPELESS, in_one, of_user
 from workers.pool import Died, Event, Finished, Outcome, Pool, Ready, SetupFailed, Started, Work
+from workers.portions import Portions, named, too_large, warn_of_portions
 
 _CHANCE = 1e-3  # that any innocent task of a run is given up because processes died under it
 _MOST_TRIES = 10
@@ -31,7 +32,8 @@ class Limits:
     `grace_medians` times the median of finished tasks where that is longer, hangs; so does a
     setup, or a task while none has finished, after `first_grace_s`. `patience_s` is the time in
     which one process at least must have started. Tasks shorter than `batch_s` are sent several at
-    a time. Every `look_s` the scheduler looks for hanging and for further processes.
+    a time. Every `look_s` the scheduler looks for hanging and for further processes. Machines are
+    asked for where each further process would have `worth_s` seconds of work.
     """
 
     tries: int = 3
@@ -41,6 +43,7 @@ class Limits:
     patience_s: float = 60.0
     batch_s: float = 1.0
     look_s: float = 5.0
+    worth_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -70,9 +73,13 @@ class _Tasks:
     batches: int = 0  # that were sent, and those under which a process died
     died: int = 0
     total: int = 0
+    names: dict[int, str] = field(default_factory=dict)  # of failed tasks
 
     def __post_init__(self) -> None:
         self.total = len(self.waiting)
+
+    def fail(self, position: int, item: Any, error: MpqError) -> None:
+        self.failed[position], self.names[position] = error, named(position, item)
 
     def left(self) -> int:
         return len(self.waiting) + len(self.alone) + len(self.last)
@@ -97,22 +104,24 @@ class Schedule:
     def __init__(self, pool: Pool, limits: Limits) -> None:
         self.limits = limits
         self._pool = pool
+        self._portions = Portions()
         self._processes: dict[int, _Process] = {}
         self._idle: list[int] = []
         self._busy = 0
         self._target = 1  # how many processes there may be
         self._lost_starts = 0  # processes in a row that never became ready
         self._next_look = -math.inf
+        self._wanted = 0  # processes, by what brings machines
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """Yield (position, result) of each item once, as each finishes, whatever dies meanwhile.
 
         A task whose process dies or hangs, or that raises, is tried three times in all (more
         where so many processes die that three in a row may be chance); one that fails each time
-        ends the run after all others have finished. One that runs out of memory runs again once,
-        at the end and alone. Raises InvalidInputError and InfeasibleError of a task or a setup at
-        once, RunFailedError for what failed on every try, the pool's own error where no process
-        starts.
+        ends the run after all others have finished. One that runs out of memory runs again in
+        halves (workers.portions), at last once more at the end and alone. Raises
+        InvalidInputError and InfeasibleError of a task or a setup at once, RunFailedError for what
+        failed on every try, the pool's own error where no process starts.
         """
         tasks = _Tasks(deque(enumerate(items)))
         began = self._pool.now()
@@ -137,8 +146,9 @@ class Schedule:
         finally:  # stopped midway: the results of those at work are not wanted
             for number in [n for n, p in self._processes.items() if p.state == "busy"]:
                 self._end(number)
+            self._want(0)
         if tasks.failed:
-            raise in_one(tasks.failed)
+            raise in_one(tasks.failed, tasks.names)
 
     def close(self) -> None:
         """End every process."""
@@ -152,6 +162,7 @@ class Schedule:
             return
         self._next_look = now + min(limits.look_s, limits.patience_s / 2, limits.grace_s / 4)
         self._target = max(1, self._pool.capacity())
+        self._want(self._worth(tasks))
         median_s = statistics.median(tasks.seconds) if tasks.seconds else None
         for number, process in list(self._processes.items()):
             waited = now - process.since
@@ -168,6 +179,17 @@ class Schedule:
             error = self._pool.no_resources(limits.patience_s)
             if error is not None:
                 raise error
+
+    def _worth(self, tasks: _Tasks) -> int:
+        """Return how many processes have enough to do: one until it is known what tasks take."""
+        left = tasks.left() + self._busy
+        seconds = 0.0 if tasks.typical_s is None else left * tasks.typical_s
+        return min(left, max(1, math.ceil(seconds / self.limits.worth_s)))
+
+    def _want(self, processes: int) -> None:
+        if processes != self._wanted:
+            self._wanted = processes
+            self._pool.want(processes)
 
     def _grace(self, work: Sequence[Work], median_s: float | None, tasks: _Tasks) -> float:
         if median_s is None:
@@ -208,12 +230,16 @@ class Schedule:
 
     def _next_work(self, tasks: _Tasks) -> list[Work]:
         if tasks.alone:
-            return [tasks.alone.popleft()]
+            return [self._fitting(tasks.alone.popleft())]
         size = 1
         if tasks.typical_s is not None:
             share = len(tasks.waiting) // (2 * max(self._target, len(self._processes)))
             size = max(1, min(int(self.limits.batch_s / max(tasks.typical_s, 1e-6)), share))
-        return [tasks.waiting.popleft() for _ in range(min(size, len(tasks.waiting)))]
+        count = min(size, len(tasks.waiting))
+        return [self._fitting(tasks.waiting.popleft()) for _ in range(count)]
+
+    def _fitting(self, work: Work) -> Work:
+        return work[0], self._portions.fitting(work[1])
 
     def _heard(self, event: Event, tasks: _Tasks) -> list[tuple[int, Any]]:
         """Take note of an event; returns the results that came with it."""
@@ -266,17 +292,17 @@ class Schedule:
         """Decide about a task that raised."""
         position, error = outcome.position, outcome.error
         assert error is not None
-        if of_user(error):
-            tasks.refused = error
-        elif outcome.out_of_memory:
+        if outcome.out_of_memory:  # first: a network that runs out of memory cannot run a batch
             if together > 1:
                 tasks.alone.append((position, item))
             else:
-                _starved(position, item, str(error), tasks)
+                self._starved(position, item, str(error), tasks)
+        elif of_user(error):
+            tasks.refused = error
         else:
             tasks.tries[position] += 1
             if tasks.tries[position] >= self.limits.tries:
-                tasks.failed[position] = error
+                tasks.fail(position, item, error)
             elif tasks.finished:
                 tasks.waiting.append((position, item))  # at the end: likely elsewhere
             else:  # perhaps every task fails: then it is soon told
@@ -292,22 +318,39 @@ class Schedule:
             return
         position, item = work[0]
         if death is not None and death.out_of_memory:
-            _starved(position, item, reason, tasks)
+            self._starved(position, item, reason, tasks)
             return
         tasks.deaths[position] += 1
         tasks.tries[position] += 1
         tries = tasks.tries[position]
         if tries < tasks.tries_allowed(position, self.limits.tries):
             tasks.alone.append((position, item))
-        elif death is not None:
-            tasks.failed[position] = RunFailedError(
-                "worker_died",
-                f"the worker process died {tasks.deaths[position]} times on task {position}: "
-                f"{reason}",
-            )
+            return
+        name = named(position, item)
+        if death is not None:
+            deaths = tasks.deaths[position]
+            told = f"the worker process died {deaths} times on {name}: {reason}"
+            tasks.fail(position, item, RunFailedError("worker_died", told))
         else:
-            tasks.failed[position] = RunFailedError(
-                "task_hangs", f"task {position} hangs, it was tried {tries} times: {reason}"
+            told = f"{name} hangs, it was tried {tries} times: {reason}"
+            tasks.fail(position, item, RunFailedError("task_hangs", told))
+
+    def _starved(self, position: int, item: Any, why: str, tasks: _Tasks) -> None:
+        """Decide about a task that ran out of memory: in halves, at last alone."""
+        name = named(position, item)
+        less = self._portions.halved(item)
+        if less is not None:
+            warn_of_portions(name, less.samples)
+            tasks.alone.append((position, less))
+        elif position in tasks.starved:
+            tasks.fail(position, item, too_large(name, why))
+        else:
+            tasks.starved.add(position)
+            tasks.last.append((position, item))
+            warnings.warn(
+                f"{name} ran out of memory ({why}): it runs again at the end, alone",
+                MpqWarning,
+                stacklevel=2,
             )
 
     def _lost_start(self, why: MpqError | str) -> None:
@@ -334,21 +377,3 @@ class Schedule:
         elif process.state == "idle":
             self._idle.remove(number)
         self._pool.kill(number)
-
-
-def _starved(position: int, item: Any, why: str, tasks: _Tasks) -> None:
-    """Decide about a task that ran out of memory: once more, alone."""
-    if position in tasks.starved:
-        tasks.failed[position] = RunFailedError(
-            "out_of_memory",
-            f"task {position} ran out of memory, and again when nothing else ran: {why}; give "
-            f"smaller calibration batches or a machine with more memory",
-        )
-        return
-    tasks.starved.add(position)
-    tasks.last.append((position, item))
-    warnings.warn(
-        f"task {position} ran out of memory ({why}): it runs again at the end, alone",
-        MpqWarning,
-        stacklevel=2,
-    )

@@ -13,6 +13,7 @@ from functools import partial
 
 from mpq.core.errors import MpqError, RunFailedError, StorageError
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
+from workers.portions import named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Faults:
     stuck: frozenset[int] = frozenset()
     hungry: frozenset[int] = frozenset()  # run out of memory where another task runs
     starving: frozenset[int] = frozenset()  # run out of memory wherever they run
+    most_samples: float = math.inf  # of an item at once, beyond which there is no memory
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class SimulatedCluster:
     seed: int = 0
     clock: float = 0.0
     runs: Counter[int] = field(default_factory=Counter)  # times that each task was begun
+    wanted: list[int] = field(default_factory=list)  # what an autoscaler would have heard
     deaths: int = 0
     most_alive: int = 0
 
@@ -89,6 +92,10 @@ class SimulatedCluster:
         """Return the processors of all nodes that are there."""
         return len(self._free) + sum(map(len, self._members.values()))
 
+    def want(self, processes: int) -> None:
+        """Remember what was asked for."""
+        self.wanted.append(processes)
+
     def start(self) -> int:
         """Ask for a process; it waits until a processor is free."""
         self._processes.append(_Simulated())
@@ -113,11 +120,11 @@ class SimulatedCluster:
             if position in faults.stuck or chance() < faults.hangs:
                 return
             spent += seconds
-            error, starves = None, self._starves(position)
+            error, starves = None, self._starves(position, item)
             if starves:
-                error = RunFailedError("task_failed", f"task {position} failed: MemoryError: none")
+                error = self._error(position, item, "MemoryError: none")
             elif position in faults.poison or chance() < faults.raises:
-                error = RunFailedError("task_failed", f"task {position} failed: ValueError: no")
+                error = self._error(position, item, "ValueError: no")
             outcomes.append(
                 Outcome(
                     position=position,
@@ -155,9 +162,13 @@ class SimulatedCluster:
     def _at(self, when: float, happen: Callable[[], Event | None]) -> None:
         heapq.heappush(self._coming, (when, next(self._tie), happen))
 
-    def _starves(self, position: int) -> bool:
+    def _error(self, position: int, item: object, why: str) -> MpqError:
+        return RunFailedError("task_failed", f"{named(position, item)} failed: {why}")
+
+    def _starves(self, position: int, item: object) -> bool:
         beside = position in self.faults.hungry and (self._working > 1 or self._alive > 1)
-        return beside or position in self.faults.starving
+        too_many = getattr(item, "samples", 0) > self.faults.most_samples
+        return beside or too_many or position in self.faults.starving
 
     def _place(self) -> None:
         while self._free and self._pending:

@@ -39,7 +39,10 @@ class JobSpec:
     scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
     searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
     (None: one for each processor) or "serial", here; `ray_address`, "auto" or "host:port", is an
-    existing Ray cluster (None: a local Ray). Every random draw comes from `seed`.
+    existing Ray cluster (None: a local Ray). `worker_resources` is what each worker of Ray takes
+    beside one processor, {"gpu": 1, "device:a100": 1}: with a GPU the network and the batches are
+    on it. A task is tried `task_tries` times and hangs after `task_grace_seconds`, or 20 times the
+    median task where that is longer. Every random draw comes from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
@@ -48,7 +51,9 @@ class JobSpec:
     `metric_seconds`; measurements pick. Scoring ends early at a `precision`: a relative standard
     error, or "settled" (see mpq.adaptive). `skip` and the keys of `pin` are layer names or shell
     patterns; `groups` adds units. `hardware` is "local" (this machine's kernels, measured),
-    "local:torch_cpu" (those of a library) or what `hw_cost_models.get_hardware` reads.
+    "local:torch_cpu" (those of a library), "device:NAME" or "device:NAME/torch_cpu" (a node of the
+    Ray cluster that has the resources "device:NAME" and "bench", measured there) or what
+    `hw_cost_models.get_hardware` reads.
     `quality` names quality functions (mpq.nn.quality) or entry points of them, `quality_groups`
     gives the patterns of the units that each scores (see mpq.decoupled); `limits` such as
     "accuracy >= 0.99" or "accuracy drop <= 1%" are on metrics of `evaluate`, on qualities or on
@@ -85,6 +90,9 @@ class JobSpec:
     executor: Literal["ray", "serial"] = "ray"
     num_workers: int | None = None
     ray_address: str | None = None
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    task_tries: int = 3
+    task_grace_seconds: float = 600.0
     seed: int = 0
     num_probes: int = 2
     refine: int = 4
@@ -101,9 +109,10 @@ class JobSpec:
         self._at_least("refine", 0)
         self._at_least("seed", 0)
         self._at_least("num_trials", 1)
+        self._at_least("task_tries", 1)
         if self.num_workers is not None:
             self._at_least("num_workers", 1)
-        for name in ("latency_seconds", "metric_seconds", "trial_seconds"):
+        for name in ("latency_seconds", "metric_seconds", "trial_seconds", "task_grace_seconds"):
             seconds: float = getattr(self, name)
             if not isinstance(seconds, Real) or not 0 < seconds < math.inf:
                 raise InvalidInputError(
@@ -123,6 +132,7 @@ class JobSpec:
                 "job_value",
                 f"ray_address {self.ray_address!r} is for executor 'ray', got {self.executor!r}",
             )
+        self._check_worker_resources()
         if self.risk is not None:
             check_risk(self.risk, "job_value")
         self._check_minimise()
@@ -142,6 +152,22 @@ class JobSpec:
         if self.minimise is None:
             return {}
         return {self.minimise: 1.0} if isinstance(self.minimise, str) else dict(self.minimise)
+
+    def _check_worker_resources(self) -> None:
+        for name, amount in self.worker_resources.items():
+            real = isinstance(amount, Real) and not isinstance(amount, bool)
+            if not name or not real or not 0 < amount < math.inf:
+                raise InvalidInputError(
+                    "job_value",
+                    f"worker_resources is {{'gpu': 1}} or {{'device:NAME': 1}} with positive "
+                    f"numbers, got {name!r}: {amount!r}",
+                )
+        if self.worker_resources and self.executor != "ray":
+            raise InvalidInputError(
+                "job_value",
+                f"worker_resources {self.worker_resources!r} is for executor 'ray', got "
+                f"{self.executor!r}",
+            )
 
     def _check_minimise(self) -> None:
         if self.minimise is None:

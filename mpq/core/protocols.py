@@ -29,12 +29,16 @@ Result = TypeVar("Result")
 class Task:
     """An independent piece of scoring; `key` names everything its result depends on.
 
-    Scoring may stop early, after all tasks of some `round`.
+    Scoring may stop early, after all tasks of some `round`. `label` is what errors call it after
+    the metric's name: "calibration batch 3". `samples` are those of a batch that it takes at once
+    where `Workload.at_once` allows (None: it looks at no samples, or cannot take fewer).
     """
 
     key: str
     part: tuple[int, ...]
     round: int = 0
+    label: str = ""
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,7 @@ class Executor(Protocol):
     """Where independent tasks run: one file under `workers/`; knows nothing of quantization."""
 
     in_process: bool  # tasks run here: what they get need not travel
+    gpu: bool  # each worker has one, which tasks are to use
 
     def map(
         self,
@@ -158,10 +163,23 @@ class Executor(Protocol):
     ) -> Iterator[tuple[int, Result]]:
         """Run `fn(state, item)` for each item, yielding (position, result) as each finishes.
 
+        An item that has a `label` is called so in errors, any other "task" with its position; one
+        that has `samples` and `within(samples)` is done in portions where memory is short.
         `setup` runs once in each worker and makes `state`; workers are kept for further calls
         with the same `setup` object. An MpqError in either ends the iteration as itself, any
         other exception as RunFailedError; results already yielded stay valid.
         """
+
+    def run_exclusively(
+        self, fn: Callable[[], Result], resources: Mapping[str, float] | None = None
+    ) -> Result:
+        """Return `fn()`, run on a node that has these resources, one such call at a time.
+
+        Raises InvalidInputError where no node has them.
+        """
+
+    def warm(self, modules: Sequence[str]) -> None:
+        """Let the first workers start and import these modules before there is a task."""
 
     def close(self) -> None:
         """Let the workers go."""

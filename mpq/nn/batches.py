@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,16 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     if isinstance(batch, Mapping):
         return {key: part(value) for key, value in batch.items()}
     return tuple(part(value) for value in batch)
+
+
+def portions(batch: Batch, samples: int | None) -> Iterator[Batch]:
+    """Yield a batch in portions of at most so many samples; whole where it has no more."""
+    total = num_samples(batch)
+    if samples is None or samples >= total:
+        yield batch
+        return
+    for start in range(0, total, samples):
+        yield cut(batch, start, min(start + samples, total))
 
 
 def position_mask(batch: Batch, output: torch.Tensor) -> torch.Tensor | None:

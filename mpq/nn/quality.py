@@ -97,7 +97,7 @@ def _local_mean(images: torch.Tensor) -> torch.Tensor:
     """Return the Gaussian-weighted mean around each pixel whose window is inside the image."""
     for axis in (2, 3):
         size = min(_WINDOW, images.shape[axis] - 1 + images.shape[axis] % 2)
-        place = torch.arange(size, dtype=images.dtype) - (size - 1) / 2
+        place = torch.arange(size, dtype=images.dtype, device=images.device) - (size - 1) / 2
         weights = torch.exp(-place.square() / (2 * _SIGMA**2)).to(images.device)
         windows = images.unfold(axis, size, 1)
         images = windows @ (weights / weights.sum())

@@ -30,7 +30,8 @@ class Workload:
     """A network with its calibration and held-out batches and what may be chosen for it.
 
     `key` names the network, its data and everything else scores depend on, except the batch,
-    which is `batch_keys[i]` or, held out, `held_out_keys[i]`.
+    which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
+    batch memory allows at once (None: all), on which no result depends but for the order of sums.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Workload:
     qualities: Mapping[str, Quality] = field(default_factory=dict)
     seed: int = 0
     num_probes: int = 2
+    at_once: int | None = None
     key: str = ""
     batch_keys: tuple[str, ...] = ()
     held_out_keys: tuple[str, ...] = ()

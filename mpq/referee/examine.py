@@ -19,7 +19,7 @@ from mpq.nn.fingerprint import digest
 from mpq.referee.peak_memory import peak_bytes
 from mpq.referee.random_allocations import random_allocations
 from mpq.referee.ranks import kendall, spearman
-from mpq.scoring import run_task
+from mpq.scoring import run_task, work_of
 from mpq.tasks import Bench, Workers
 
 _VERSION = 1  # of the memory measurement: part of its content keys
@@ -125,7 +125,8 @@ def _cost(workers: Workers, name: str, tasks: Sequence[Task]) -> tuple[float, in
     """Return the seconds of all tasks of a scored metric and the memory of the first."""
     seconds = math.fsum(workers.store.partial_seconds([task.key for task in tasks]).values())
     key = digest("memory of a task", _VERSION, tasks[0].key)
-    (found,) = workers.finished(f"memory ({name})", watch_task, [(key, (name, tasks[0]))])
+    watched = replace(work_of(name, tasks[0]), key=key)
+    (found,) = workers.finished(f"memory ({name})", watch_task, [watched])
     peak = int(found["bytes"])
     return seconds, None if peak < 0 else peak
 
