@@ -172,6 +172,7 @@ def test_only_known_hosts_are_served(store: Store, host: str) -> None:
         ("10.0.0.5", ("10.0.0.5",), False),
         ("fe80::5", ("[fe80::5]",), False),
         ("mpq.example", ("mpq.example",), False),
+        ("127.evil.example", ("127.evil.example",), False),
     ],
 )
 def test_what_other_machines_reach(host: str, names: tuple[str, ...], is_local: bool) -> None:

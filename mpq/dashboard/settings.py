@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -45,7 +46,10 @@ class Settings:
 
 def is_loopback(host: str) -> bool:
     """Tell whether only this machine reaches an address to listen on."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # what other names lead to is decided elsewhere
 
 
 def names_of(host: str) -> tuple[str, ...]:
