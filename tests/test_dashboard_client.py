@@ -257,6 +257,12 @@ def test_a_large_body_costs_the_server_no_memory(storage: str) -> None:
         assert httpx2.get(f"{url}/healthz").status_code == 200
 
 
+def test_whoever_reads_the_url_can_ask_at_once(storage: str) -> None:
+    for _ in range(2):
+        with serving(storage) as (url, _process):
+            assert httpx2.get(f"{url}/healthz", timeout=30).status_code == 200
+
+
 def test_a_server_ends_when_it_is_told_to(storage: str, store: Store) -> None:
     run_id, _ = store.submit(JobSpec(**{**JOB, "budgets": ("memory <= 60%",)}), queued=True)
     with serving(storage) as (url, process):

@@ -21,6 +21,7 @@ from mpq.store.store import Store, open_store
 _LOG = logging.getLogger("mpq.dashboard")
 _PATIENCE_S = 2.0  # a request answers 503 sooner than a run would give its database up
 _SHUTDOWN_S = 3
+_BACKLOG = 2048
 _PAUSE_S = 10.0
 
 
@@ -75,6 +76,7 @@ def _listen(host: str, port: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
+        made.listen(_BACKLOG)  # who asks from now on waits until the app has started
     except OSError as error:
         raise InvalidInputError(
             "port",
