@@ -9,10 +9,12 @@ Run: python benchmarks/cluster.py [first_score simulated saturation overhead sco
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -222,7 +224,11 @@ def own_cluster(folder: str, num_cpus: int = 2) -> Iterator[str]:
 
 
 def first_score() -> None:
-    """From `Client.submit` to the first score in the database, on a cluster that runs already."""
+    """From `Client.submit` to the first score in the database, on a cluster that runs already.
+
+    "new": a driver process is started for the run; "ready": `mpq drive --ray-address` has one, and
+    a worker, that have imported everything.
+    """
     import sqlite3
     import tempfile
 
@@ -231,10 +237,12 @@ def first_score() -> None:
 
     nets = {"digits_resnet20": "examples.digits_resnet20", "MiniLM": "examples.minilm"}
     with tempfile.TemporaryDirectory() as folder, own_cluster(folder) as address:
-        for name, module in nets.items():
-            print(f"  {name}:")
+        for (name, module), how in itertools.product(nets.items(), ("new", "ready")):
+            print(f"  {name}, {how}:")
             for turn in range(1, 4):  # the first one meets processes that were never used
-                client = mpq.Client(f"{folder}/{name}-{turn}.db")
+                path = f"{folder}/{name}-{how}-{turn}.db"
+                client = mpq.Client(path)
+                driving = how == "ready" and drives(path, address)
                 job = mpq.JobSpec(
                     model=f"{module}:make_model",
                     calibration=f"{module}:calibration_batches",
@@ -244,9 +252,9 @@ def first_score() -> None:
                     seed=turn,
                 )
                 began = time.perf_counter()
-                run = client.submit(job)
+                run = client.submit(job, queue=how == "ready")
                 stages: dict[str, float] = {}
-                database = sqlite3.connect(f"{folder}/{name}-{turn}.db")
+                database = sqlite3.connect(path)
                 count = "SELECT count(*) FROM partials"
                 while not (scored := database.execute(count).fetchone()[0]):
                     if run.status() in ENDED:
@@ -259,9 +267,20 @@ def first_score() -> None:
                 database.close()
                 run.stop()
                 client.close()
+                if driving:
+                    driving.send_signal(signal.SIGINT)
+                    driving.wait()
                 told = ", ".join(f"{stage} from {at:.2f} s" for stage, at in stages.items())
                 load = os.getloadavg()[0]
                 print(f"    {took:.2f} s ({told}; load {load:.1f})", flush=True)
+
+
+def drives(path: str, address: str) -> subprocess.Popen[bytes]:
+    """Start `mpq drive`, and wait until it is ready."""
+    command = [sys.executable, "-m", "mpq.cli", "drive", "--ray-address", address]
+    process = subprocess.Popen(command, env={**os.environ, "MPQ_STORAGE": path})
+    time.sleep(20)
+    return process
 
 
 SECTIONS = {

@@ -130,7 +130,10 @@ def what_if(address: str) -> None:
     with open_store(address) as store:
         made = {units: made_problem(units) for units in (200, 2000)}
         ids = {units: put_run(store, problem) for units, problem in made.items()}
-    with serving(address, "--drivers", "0") as server, httpx2.Client(base_url=server.url) as client:
+    with (
+        serving(address, "--drivers", "0") as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+    ):
         for units, run_id in ids.items():
             table = made[units].costs["memory"]
             own, whole = [], []

@@ -137,6 +137,12 @@ def drive_queued(
         int | None, typer.Option(help="Runs at once of one user at most.", min=1)
     ] = None,
     until_empty: Annotated[bool, typer.Option(help="End when nothing waits.")] = False,
+    ready: Annotated[
+        bool, typer.Option(help="Keep one more process that has imported everything.")
+    ] = True,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Keep one worker of this Ray cluster ready as well.")
+    ] = None,
     trust: Trust = None,
 ) -> None:
     """Drive queued runs, and those whose driver went away, until interrupted."""
@@ -146,7 +152,14 @@ def drive_queued(
 
     trust_also(trust or ())
     with open_store(storage) as store:
-        drive_queue(store, drivers=drivers, per_owner=per_user, until_empty=until_empty)
+        drive_queue(
+            store,
+            drivers=drivers,
+            per_owner=per_user,
+            until_empty=until_empty,
+            ready=ready and not until_empty,
+            ray_address=ray_address,
+        )
 
 
 @serving.command("delete", rich_help_panel="Serve")

@@ -1,4 +1,7 @@
-"""The process that drives one run: `python -m mpq.driver RUN --storage URL`."""
+"""The process that drives one run: `python -m mpq.driver RUN`, of the database MPQ_STORAGE.
+
+With `--wait` it imports what every run needs and then reads from its standard input which one.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from types import FrameType
 
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.jobs import RunState
+from mpq.core.protocols import Executor
 from mpq.driving import driving
-from mpq.executing import warm_executor_for
+from mpq.executing import imported, warm_executor_for
 from mpq.logged import Logged
 from mpq.progress import Advance
+from mpq.standby import awaited
 from mpq.store.store import Store, open_store
 
 _TOLD_S = 1.0  # between two updates of a stage
@@ -50,17 +55,20 @@ class Kept:
         self._store.log(self._run_id, "note", text)
 
 
-def drive(store: Store, run_id: str, instead_of: str | None = None) -> None:
+def drive(
+    store: Store, run_id: str, instead_of: str | None = None, ready: Executor | None = None
+) -> None:
     """Drive a run to its end in this process, which ends soon after `stop` is asked for.
 
     Scores that are in the database are used again. A job that cannot even begin makes its run
-    FAILED. SIGTERM gives the run up: it goes on with the next driver.
+    FAILED. SIGTERM gives the run up: it goes on with the next driver. `ready` has workers that
+    wait for tasks.
     """
     signal.signal(signal.SIGTERM, _given_up)
     with driving(store, run_id, instead_of=instead_of, own_process=True):
         try:
             spec = store.run(run_id).spec
-            executor = warm_executor_for(spec)
+            executor = warm_executor_for(spec, ready)
 
             from mpq.pipeline import run_job  # imports torch: workers do the same meanwhile
 
@@ -83,13 +91,22 @@ def _given_up(number: int, _: FrameType | None) -> None:
 def main() -> None:
     """Drive the run that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m mpq.driver")
-    parser.add_argument("run")
+    parser.add_argument("run", nargs="?")
     parser.add_argument("--storage")
     parser.add_argument("--instead-of", help="who took the run for this process")
+    parser.add_argument("--wait", action="store_true", help="for a line that names the run")
+    parser.add_argument("--ray-address", help="the cluster that it holds a worker of meanwhile")
     given = parser.parse_args()
+    ready = None
+    if given.wait:
+        ready = imported(given.ray_address)
+        found = awaited()
+        if found is None:
+            return
+        given.run, given.instead_of = found
     with open_store(given.storage) as store:
         try:
-            drive(store, given.run, given.instead_of)
+            drive(store, given.run, given.instead_of, ready)
         except MpqError as error:
             print(f"error[{error.code}]: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from mpq.core.jobs import JobSpec
 from mpq.core.protocols import Executor
 from workers import get_executor
@@ -21,9 +23,25 @@ def executor_for(spec: JobSpec) -> Executor:
     )
 
 
-def warm_executor_for(spec: JobSpec) -> Executor:
-    """Return the executor of a job; on a cluster that runs, its first workers start meanwhile."""
+def warm_executor_for(spec: JobSpec, ready: Executor | None = None) -> Executor:
+    """Return the executor of a job; on a cluster that runs, its first workers start meanwhile.
+
+    They are those of `ready` where they are as the job wants them.
+    """
     executor = executor_for(spec)
     if spec.ray_address is not None:
-        executor.warm(_IMPORTED)
+        executor.warm(_IMPORTED, ready)
+    elif ready is not None:
+        ready.close()
     return executor
+
+
+def imported(ray_address: str | None) -> Executor | None:
+    """Import what every run needs, here and in a worker of a cluster, if there is one."""
+    ready = None
+    if ray_address is not None:
+        ready = get_executor("ray", address=ray_address)
+        ready.warm(_IMPORTED)
+    for module in ("mpq.pipeline", *_IMPORTED):
+        importlib.import_module(module)
+    return ready

@@ -9,12 +9,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from mpq.core.dry_run import DryRun
@@ -22,13 +20,14 @@ from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
 from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.core.live import is_live
 from mpq.driving import driver_name
+from mpq.standby import Standby, said_in
 from mpq.store.records import JobRecord, RunRecord, StageRecord
 from mpq.store.store import Store
 from mpq.transport import cluster_for, fail_if_lost, start_in_ray, waits_in_ray
 from mpq.trust import TRUSTED, trusted_text
 
 _LOOK_S = 0.2  # between two looks of somebody who waits
-_IDLE_S = 1.0  # between two looks of a driver that has nothing to do
+_IDLE_S = 0.5  # between two looks of a driver that has nothing to do
 _ABANDONED_S = 30.0
 _RAY_LOOK_S = 2.0  # between two looks at the Ray job of a run that has not begun
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
@@ -142,7 +141,6 @@ def dry_run(store: Store, spec: JobSpec, timeout_s: float = 60.0) -> DryRun:
     """
     import pydantic
 
-    url = store.url.render_as_string(hide_password=False)
     try:
         process = subprocess.run(
             [sys.executable, "-m", "mpq.dry_run"],
@@ -150,7 +148,7 @@ def dry_run(store: Store, spec: JobSpec, timeout_s: float = 60.0) -> DryRun:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env={**_environment(), "MPQ_STORAGE": url},
+            env=_environment(store),
         )
     except subprocess.TimeoutExpired:
         raise RunFailedError(
@@ -189,23 +187,23 @@ def _started(
     name = driver or driver_name()
     if driver is None:
         store.take(run_id, name, _STARTING_S)
-    said = Path(tempfile.gettempdir()) / f"mpq-driver-{run_id}.log"
     command = [sys.executable, "-m", "mpq.driver", run_id, "--instead-of", name]
-    url = store.url.render_as_string(hide_password=False)
-    with said.open("ab") as output:
+    with said_in(run_id).open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            # The storage is no argument, as it may hold a password.
-            env={**_environment(), TRUSTED: trusted_text(trusted), "MPQ_STORAGE": url},
+            env=_environment(store, trusted),
         )
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": _python_path()}
+def _environment(store: Store, trusted: Sequence[str] = ()) -> dict[str, str]:
+    """Return that of a process for this database, which is no argument: it may hold a password."""
+    url = store.url.render_as_string(hide_password=False)
+    also = {TRUSTED: trusted_text(trusted), "MPQ_STORAGE": url}
+    return {**os.environ, "PYTHONPATH": _python_path(), **also}
 
 
 def _python_path() -> str:
@@ -276,24 +274,35 @@ def drive_queue(
     per_owner: int | None = None,
     until_empty: bool = False,
     ended: threading.Event | None = None,
+    ready: bool = False,
+    ray_address: str | None = None,
 ) -> int:
     """Drive queued runs, `drivers` at once, each in a process of its own; return how many.
 
     Runs whose driver went away come again. Ends when `ended` is set, or, with `until_empty`, when
-    there is nothing to do; the processes that drive then go on.
+    there is nothing to do; the processes that drive then go on. With `ready` one process more has
+    imported everything and waits for the next run, which so begins seconds earlier, with
+    `ray_address` one worker of that cluster as well.
     """
     running: list[subprocess.Popen[bytes]] = []
-    count = 0
-    while not (ended is not None and ended.is_set()):
-        running = [process for process in running if process.poll() is None]
-        if len(running) < drivers:
-            name = driver_name()
-            run_id = store.take_next(name, _STARTING_S, per_owner)
-            if run_id is not None:
-                running.append(_started(store, run_id, name))
-                count += 1
-                continue
-            if until_empty and not running:
-                break
-        time.sleep(_IDLE_S)
+    count, standby = 0, None
+    try:
+        while not (ended is not None and ended.is_set()):
+            running = [process for process in running if process.poll() is None]
+            if ready and standby is None:
+                standby = Standby(_environment(store), ray_address)
+            if len(running) < drivers:
+                name = driver_name()
+                run_id = store.take_next(name, _STARTING_S, per_owner)
+                if run_id is not None:
+                    given = None if standby is None else standby.give(run_id, name)
+                    running.append(given or _started(store, run_id, name))
+                    count, standby = count + 1, None
+                    continue
+                if until_empty and not running:
+                    break
+            time.sleep(_IDLE_S)
+    finally:
+        if standby is not None:
+            standby.close()
     return count

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,7 +22,7 @@ import mpq
 from mpq import service
 from mpq.cli import app
 from mpq.core.errors import InvalidInputError, RunFailedError, StorageError
-from mpq.core.jobs import JobSpec, RunState
+from mpq.core.jobs import ENDED, JobSpec, RunState
 from mpq.store import jobs
 from mpq.store.store import Store, open_store
 
@@ -251,6 +252,23 @@ def test_the_queue_is_driven_until_it_is_empty(store: Store) -> None:
 
 
 # The command line
+
+
+def test_a_driver_that_waits_takes_the_next_run_and_ends_with_its_queue(store: Store) -> None:
+    others, ended = set(descendants(os.getpid())), threading.Event()
+    options: dict[str, Any] = {"ended": ended, "ready": True}
+    drives = threading.Thread(target=service.drive_queue, args=(store,), kwargs=options)
+    drives.start()
+    until(lambda: set(descendants(os.getpid())) - others)
+    (waiting,) = set(descendants(os.getpid())) - others
+    run_id = queued(store)
+    until(lambda: store.run(run_id).state in ENDED)
+    assert store.run(run_id).state is RunState.SUCCEEDED
+    assert str(store.job(run_id).driver).split(":")[1] == str(waiting)
+    until(lambda: waiting not in descendants(os.getpid()))
+    ended.set()
+    drives.join(30)
+    until(lambda: not set(descendants(os.getpid())) - others)
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

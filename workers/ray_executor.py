@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mpq.core.errors import InvalidInputError, MpqError, StorageError
 from mpq.core.memory import ran_out_of_memory
+from mpq.core.protocols import Executor
 from workers.errors import sent, told
 from workers.pool import Died, Event, Finished, Outcome, Ready, SetupFailed, Started, Work
 from workers.portions import named
@@ -129,11 +130,16 @@ class RayExecutor:
         result: Result = found
         return result
 
-    def warm(self, modules: Sequence[str]) -> None:
+    def warm(self, modules: Sequence[str], of: Executor | None = None) -> None:
         """Start the first workers, which import these modules while the caller gets ready.
 
-        They are taken up by the next `map`; where there is no room for them they wait.
+        They are taken up by the next `map`; where there is no room for them they wait. Those
+        that another executor started are taken over, or ended where they are others.
         """
+        if isinstance(of, RayExecutor):
+            if (of._address, of._resources) == (self._address, self._resources):
+                self._warm, of._warm = of._warm, []
+            of.close()
         ray, options = self._connected(), _options(self._resources)
         number = min(_WARM, self._num_workers or _WARM)
         self._warm += [_worker(ray, options, modules) for _ in range(number - len(self._warm))]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from mpq.core.errors import InvalidInputError, MpqError
 from mpq.core.memory import ran_out_of_memory
+from mpq.core.protocols import Executor
 from workers.errors import HOPELESS, in_one, of_user, told
 from workers.portions import Portions, named, too_large, warn_of_portions
 
@@ -85,7 +86,7 @@ class SerialExecutor:
             )
         return fn()
 
-    def warm(self, modules: Sequence[str]) -> None:
+    def warm(self, modules: Sequence[str], of: Executor | None = None) -> None:
         """Do nothing: this process imports what it needs."""
 
     def close(self) -> None:

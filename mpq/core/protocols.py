@@ -178,8 +178,11 @@ class Executor(Protocol):
         Raises InvalidInputError where no node has them.
         """
 
-    def warm(self, modules: Sequence[str]) -> None:
-        """Let the first workers start and import these modules before there is a task."""
+    def warm(self, modules: Sequence[str], of: Executor | None = None) -> None:
+        """Let the first workers start and import these modules before there is a task.
+
+        `of` is an executor that is no longer needed, whose workers may do.
+        """
 
     def close(self) -> None:
         """Let the workers go."""

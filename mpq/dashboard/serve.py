@@ -103,7 +103,7 @@ def _drive(storage: str | os.PathLike[str] | None, drivers: int, ended: threadin
     while not ended.is_set():
         try:
             with open_store(storage) as store:
-                drive_queue(store, drivers=drivers, ended=ended)
+                drive_queue(store, drivers=drivers, ended=ended, ready=True)
         except StorageError as error:
             _LOG.warning("queued runs wait: %s", error)
             ended.wait(_PAUSE_S)
