@@ -235,17 +235,23 @@ def first_score() -> None:
     import mpq
     from mpq.core.jobs import ENDED
 
-    nets = {"digits_resnet20": "examples.digits_resnet20", "MiniLM": "examples.minilm"}
+    nets = {  # the modules of the examples import sklearn and transformers, which takes seconds
+        "a small network of torch alone": ("tests.slow_net:make_deep", "tests.slow_net:batches"),
+        "digits_resnet20": tuple(
+            f"examples.digits_resnet20:{what}" for what in ("make_model", "calibration_batches")
+        ),
+        "MiniLM": tuple(f"examples.minilm:{w}" for w in ("make_model", "calibration_batches")),
+    }
     with tempfile.TemporaryDirectory() as folder, own_cluster(folder) as address:
-        for (name, module), how in itertools.product(nets.items(), ("new", "ready")):
+        for (name, (model, batches)), how in itertools.product(nets.items(), ("new", "ready")):
             print(f"  {name}, {how}:")
             for turn in range(1, 4):  # the first one meets processes that were never used
                 path = f"{folder}/{name}-{how}-{turn}.db"
                 client = mpq.Client(path)
                 driving = how == "ready" and drives(path, address)
                 job = mpq.JobSpec(
-                    model=f"{module}:make_model",
-                    calibration=f"{module}:calibration_batches",
+                    model=model,
+                    calibration=batches,
                     budgets=("memory <= 60%",),
                     schemes=("int4", "int8"),
                     ray_address=address,

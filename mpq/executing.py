@@ -9,7 +9,8 @@ from mpq.core.protocols import Executor
 from workers import get_executor
 
 # What workers import for every metric: with torch it takes seconds.
-_IMPORTED = ("mpq.scoring", "mpq.evaluate")
+# The last one is what torch itself imports with the first gradient, in half a second.
+_IMPORTED = ("mpq.scoring", "mpq.evaluate", "torch.fx.experimental.symbolic_shapes")
 
 
 def executor_for(spec: JobSpec) -> Executor:
