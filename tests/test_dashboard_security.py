@@ -704,3 +704,13 @@ def test_other_machines_are_served_with_a_token_only(tmp_path: Path) -> None:
         assert found.returncode == 2
         (line,) = found.stderr.splitlines()
         assert f"port {port}: address already in use" in line
+
+
+def test_a_problem_travels_between_processes() -> None:
+    import pickle
+
+    from mpq.dashboard.problems import ProblemError
+
+    found = pickle.loads(pickle.dumps(ProblemError(429, "busy", "later", {"Retry-After": "2"})))
+    assert (found.status, found.code, str(found)) == (429, "busy", "later")
+    assert found.headers == {"Retry-After": "2"}

@@ -60,7 +60,9 @@ def routes(site: Site) -> APIRouter:
         given = {key: value for key, value in wanted.items() if value}
         found, error = RunsView(runs=(), cursor=None), ""
         try:
-            found = runs_view(site.store, RunQuery.of(**given, sort=sort or NEWEST), cursor=cursor)
+            found = runs_view(
+                site.store, RunQuery.of(**given, sort=sort or NEWEST), cursor=cursor, jobs=False
+            )
         except InvalidInputError as wrong:
             error = str(wrong)
         live = [run for run in found.runs if run.state not in ENDED]

@@ -46,6 +46,9 @@ class ProblemError(MpqError):
         self.status = status
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.code, str(self), self.headers)
+
 
 def problem(
     status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **more: Any
