@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import pytest
 from playwright.sync_api import expect
 
 import mpq
+from mpq.core.errors import RunFailedError
+from mpq.core.jobs import RunState
 from mpq.store.store import open_store
 from tests import slow_net
 from tests.browser import Server, browser, looking, rules_of_accessibility, serving
@@ -46,6 +50,19 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(storage: str) -> Iterator[Server]:
     with serving(storage, "--allow-module", "tests", "--drivers", "1") as started:
         yield started
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A database of its own, for tests that add runs."""
+    return f"sqlite:///{tmp_path / 'mpq.db'}"
+
+
+def addresses(storage: str) -> list[str]:
+    """Every page."""
+    first, second = run_ids(storage)
+    others = ["/", f"/compare?run={first}&run={second}", "/layers", "/kernels", "/new", "/compare"]
+    return [*others, *(f"/runs/{first}{view}" for view in VIEWS)]
 
 
 def run_ids(storage: str) -> list[str]:
@@ -135,14 +152,136 @@ def test_the_allocation_is_downloaded(browser: Any, server: Server, storage: str
         assert said == []
 
 
+JOB = {
+    "model": "tests.slow_net:make_deep",
+    "calibration": "tests.slow_net:batches",
+    "budgets": "memory <= 50%",
+    "schemes": "int2\nint4\nint8",
+    "divergence": "mse",
+    "executor": "serial",
+}
+
+
+def test_a_job_is_tried_submitted_watched_compared_and_there_after_a_restart(
+    browser: Any, own: str
+) -> None:
+    with (
+        serving(own, "--allow-module", "tests") as server,
+        looking(browser, server.url) as (page, said),
+    ):
+        for name in ("first", "second"):
+            page.goto(f"/new?{urlencode(JOB)}")
+            page.locator("#f-name").fill(name)
+            if name == "first":
+                page.get_by_role("button", name="Dry run").first.click()
+                expect(page.locator("#dry-title")).to_be_visible(timeout=60_000)
+                assert "14" in page.locator(".dry summary").first.inner_text()
+            page.locator("#job button[value=submit]").first.click()
+            page.wait_for_url("**/runs/*")
+            expect(page.locator(".state").first).to_have_text("SUCCEEDED", timeout=90_000)
+            assert name in page.locator("h1").inner_text()
+        page.goto("/")
+        for box in page.locator('input[name="run"]').all():
+            box.check()
+        page.get_by_role("button", name="Compare the marked runs").click()
+        expect(page.locator("h1")).to_have_text("2 runs side by side")
+        assert "0 layers differ" in page.locator("main").inner_text()
+        shown = page.url
+        assert said == []
+        page.goto("about:blank")  # a page whose server is away may say so
+        server.stop()
+        server.start()
+        page.goto(shown)
+        expect(page.locator("h1")).to_have_text("2 runs side by side")
+        assert said == []
+
+
+PAYLOADS = (
+    "<script>hacked()</script>",
+    "<img src=x onerror=hacked()>",
+    '"><svg onload=hacked()>',
+    "'-hacked()-'",
+    "</script><script>hacked()</script>",
+    "javascript:hacked()",
+    "{{ 7*7 }}{% raw %}",
+    "<!--><script>hacked()</script>",
+    "<iframe srcdoc='<script>parent.hacked()</script>'>",
+    "<details open ontoggle=hacked()>",
+    "<math><mtext></table><img src=x onerror=hacked()>",
+    "&lt;script&gt;hacked()&lt;/script&gt;",
+    "\u202egnp.txt<b>",
+    "`${hacked()}`",
+    "<a href=javascript:hacked()>x</a>",
+    "<input autofocus onfocus=hacked()>",
+    "<style>@import 'x'</style>",
+    "<body onpageshow=hacked()>",
+    "<video><source onerror=hacked()>",
+    "<template><script>hacked()</script></template>",
+    "%3Cscript%3Ehacked()%3C/script%3E",
+    "<sCrIpT>hacked()</sCrIpT>",
+    "<svg><animate onbegin=hacked() attributeName=x>",
+    '" onmouseover=hacked() x="',
+    "<form action=javascript:hacked()><button>x",
+    "<object data=javascript:hacked()>",
+    "<base href=//evil>",
+    "<meta http-equiv=refresh content='0;url=javascript:hacked()'>",
+    "<link rel=stylesheet href=//evil>",
+    "\u2028hacked()\u2029",
+)
+
+
+def test_no_name_runs_as_a_script_on_any_page(browser: Any, own: str) -> None:
+    from torch import nn
+
+    layers = {text.replace(".", "·"): nn.Linear(8, 8) for text in PAYLOADS[:12]}
+    with open_store(own) as store:
+        for text in PAYLOADS:
+            spec = mpq.JobSpec(
+                name=text, model=f"pkg:{text}", calibration="pkg:b", budgets=("memory <= 50%",)
+            )
+            run_id, _ = store.submit(spec, tags=[text], owner=text)
+            store.set_state(run_id, RunState.FAILED, RunFailedError("failed", text))
+            store.log(run_id, text, text)
+        found = mpq.search(
+            nn.Sequential(OrderedDict(layers)),
+            slow_net.batches(),
+            budgets=["memory <= 50%"],
+            schemes=["int2", "int8"],
+            divergence="mse",
+            executor="serial",
+            refine=0,
+            name=PAYLOADS[0],
+            storage=store,
+        )
+        ids = [run.id for run in store.runs(limit=None)]
+    with serving(own, "--drivers", "0") as server, looking(browser, server.url) as (page, said):
+        page.add_init_script("window.hacked = () => { window.isHacked = true; }")
+        page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+        pages = [f"/runs/{found.run_id}{view}" for view in VIEWS]
+        pages += [f"/runs/{run_id}" for run_id in ids]
+        pages += ["/", "/layers", "/kernels", f"/compare?run={found.run_id}&run={found.run_id}"]
+        pages += [f"/?{urlencode({'name': text, 'tag': text})}" for text in PAYLOADS]
+        pages += [f"/new?{urlencode({'name': text, 'model': text})}" for text in PAYLOADS]
+        for address in pages:
+            page.goto(address)
+            assert page.evaluate("window.isHacked") is None, address
+        page.goto("/?name=" + quote(PAYLOADS[0]))
+        assert page.locator("#list td.name a").first.inner_text() == PAYLOADS[0]
+        for plot in ("", "/pairs", "/sensitivity"):
+            page.goto(f"/runs/{found.run_id}{plot}")
+            page.locator(".plot .main-svg").first.wait_for()
+            page.locator(".plot").first.hover()
+            assert page.evaluate("window.isHacked") is None, plot
+        assert not [line for line in said if "Content Security Policy" in line or "dialog" in line]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_view_has_a_fault_of_accessibility_or_a_complaint(
     browser: Any, server: Server, storage: str, theme: str
 ) -> None:
     rules, faults = rules_of_accessibility(), []
-    pages = ["/", *(f"/runs/{run_ids(storage)[0]}{view}" for view in VIEWS)]
     with looking(browser, server.url, theme=theme) as (page, said):
-        for address in pages:
+        for address in addresses(storage):
             page.goto(address)
             page.wait_for_load_state("networkidle")
             page.evaluate(rules)
@@ -167,6 +306,8 @@ def test_every_view_is_drawn(
     if width == WIDTHS[-1]:
         shown["sensitivity"] = f"{shown['run']}/sensitivity"
         shown["pairs"] = f"{shown['run']}/pairs"
+        shown["compare"] = "/compare?" + "&".join(f"run={run_id}" for run_id in run_ids(storage))
+        shown["new"] = f"/new?{urlencode(JOB)}"
     with looking(browser, server.url, width=width, theme=theme) as (page, said):
         for name, address in shown.items():
             page.goto(address)
@@ -183,7 +324,7 @@ def test_nothing_is_wider_than_the_screen(
     browser: Any, server: Server, storage: str, width: int
 ) -> None:
     with looking(browser, server.url, width=width) as (page, _):
-        for address in ["/", *(f"/runs/{run_ids(storage)[0]}{view}" for view in VIEWS)]:
+        for address in addresses(storage):
             page.goto(address)
             page.wait_for_load_state("networkidle")
             wide = page.evaluate("document.documentElement.scrollWidth")
