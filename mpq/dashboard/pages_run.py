@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, RedirectResponse
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Solution
@@ -84,6 +84,19 @@ def routes(site: Site) -> APIRouter:
         view = finite_json(what_if_view(run, asked, solution))
         response.headers["Server-Timing"] = f"answer;dur={1e3 * (time.perf_counter() - began):.1f}"
         return view
+
+    @router.post("/runs/{run_id}/stop")
+    def stop(run_id: str) -> RedirectResponse:
+        """Ask a run to stop."""
+        site.store.request_stop(run_id)
+        return RedirectResponse(f"/runs/{run_id}", 303)
+
+    @router.post("/runs/{run_id}/resume")
+    def resume(run_id: str, who: Annotated[str, Depends(asker)]) -> RedirectResponse:
+        """Let a run wait for a driver again."""
+        site.submits.take(who)
+        site.store.queue(run_id)
+        return RedirectResponse(f"/runs/{run_id}", 303)
 
     @router.get("/runs/{run_id}/prices")
     def prices(
