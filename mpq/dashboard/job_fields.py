@@ -140,6 +140,9 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "executor": ("Executor", "ray: several processes; serial: one", ""),
     "num_workers": ("Workers", "none: one for each processor", ""),
     "ray_address": ("Ray cluster", "host:port, or auto; none: a local Ray", "auto"),
+    "worker_resources": ("What a worker takes", "of Ray, beside one CPU; as JSON", '{"gpu": 1}'),
+    "task_tries": ("Tries of a task", "before it counts as failed", ""),
+    "task_grace_seconds": ("A task hangs after, s", "or 20 times the median task", ""),
     "study": ("Optuna study", "URL of a database for its trials", ""),
 }
 _HIDDEN = ("version",)
