@@ -264,6 +264,21 @@ def test_tables_are_those_of_the_run(searched: tuple[Store, list[str]]) -> None:
     assert asked.get(f"/api/v1/runs/{run_id}/scores.pkl").status_code == 404
 
 
+def test_an_exported_file_is_that_of_the_result(
+    searched: tuple[Store, list[str]], tmp_path: Path
+) -> None:
+    from mpq.result import SearchResult
+
+    store, (run_id, _) = searched
+    asked = asking(store)
+    for target in ("mpq", "torchao"):
+        written = SearchResult(store, run_id).export(target, tmp_path / target)
+        assert asked.get(f"/api/v1/runs/{run_id}/export/{target}").text == written.read_text()
+    wrong = asked.get(f"/api/v1/runs/{run_id}/export/torchoa")
+    assert (wrong.status_code, wrong.json()["type"]) == (422, "/errors/unknown_export_target")
+    assert "did you mean 'torchao'" in wrong.json()["detail"]
+
+
 def test_a_spreadsheet_runs_nothing(store: Store) -> None:
     store.submit(replace(SPEC, name="=cmd|'/c calc'!A0"), tags=["@SUM(1)"], queued=True)
     text = asking(store).get("/api/v1/runs.csv").text

@@ -23,7 +23,7 @@ from mpq.dashboard.views_results import (
     surface_view,
     units_view,
 )
-from mpq.result import KEPT_POINTS
+from mpq.result import KEPT_POINTS, SearchResult
 from mpq.run_tables import run_table
 
 TableName = Literal["scores", "costs", "allocation", "evaluations"]
@@ -87,6 +87,15 @@ def routes(site: Site) -> APIRouter:
         run = solvable(site.loaded.get(run_id), site.settings.solve_cells)
         found = site.solving.run(lambda: asked_solution(run, question))
         return solution_view(found, "asked", run.graph)
+
+    @router.get("/export/{target}", response_class=Response)
+    def export(run_id: ResultOf, target: Annotated[str, Path(max_length=100)]) -> Response:
+        """Return the chosen allocation as a file of another tool."""
+        from mpq.export import export_text
+
+        name, text = export_text(target, SearchResult(store, run_id).chosen)
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(text, media_type="application/octet-stream", headers=headers)
 
     @router.get("/{table}.{suffix}", response_class=Response)
     def table_file(run_id: ResultOf, table: TableName, suffix: FileSuffix) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
 from fastapi.responses import HTMLResponse
 
 from mpq.dashboard.checks_view import checks_view, losses_figure
@@ -81,15 +81,6 @@ def routes(site: Site) -> APIRouter:
             }
 
         return _with_result(site, run_id, "/export", shown)
-
-    @router.get("/runs/{run_id}/export/{target}")
-    def exported(run_id: str, target: str) -> Response:
-        """Send the chosen allocation as a file of another tool."""
-        from mpq.export import export_text
-
-        name, text = export_text(target, SearchResult(site.store, run_id).chosen)
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Response(text, media_type="application/octet-stream", headers=headers)
 
     return router
 

@@ -12,6 +12,7 @@ import numpy as np
 from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.dashboard.colours import CIVIDIS
 from mpq.dashboard.loaded import LoadedRun
+from mpq.dashboard.plotted import verbatim
 from mpq.store.store import Store
 
 _STRONGEST = 10
@@ -115,7 +116,7 @@ def heat_map(view: SensitivityView) -> dict[str, Any]:
         [
             "not a choice"
             if np.isnan(loss)
-            else f"{unit}<br>{scheme}: {loss:.3g} ± {1.96 * error:.1g}"
+            else f"{verbatim(unit)}<br>{scheme}: {loss:.3g} ± {1.96 * error:.1g}"
             for unit, loss, error in zip(view.units, losses, errors, strict=True)
         ]
         for scheme, losses, errors in zip(view.schemes, view.losses, view.errors, strict=True)
@@ -125,7 +126,7 @@ def heat_map(view: SensitivityView) -> dict[str, Any]:
         "z": logs,
         "x": list(range(len(view.units))),
         "y": list(view.schemes),
-        "text": _escaped(texts),
+        "text": texts,
         "hovertemplate": "%{text}<extra></extra>",
         "colorscale": [[n / (len(CIVIDIS) - 1), c] for n, c in enumerate(CIVIDIS)],
         "colorbar": {"title": {"text": "log10 of loss"}, "thickness": 12},
@@ -136,17 +137,3 @@ def heat_map(view: SensitivityView) -> dict[str, Any]:
         "yaxis": {"type": "category"},
     }
     return {"data": [trace], "layout": layout}
-
-
-def _escaped(texts: list[list[str]]) -> list[list[str]]:
-    """Return hover texts whose names cannot be read as markup; only our own line break stays."""
-    return [
-        [
-            "<br>".join(
-                part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-                for part in text.split("<br>")
-            )
-            for text in row
-        ]
-        for row in texts
-    ]
