@@ -173,3 +173,15 @@ def test_a_run_is_stopped_and_queued_again_from_its_page(store: Store) -> None:
         other = {"Origin": "http://evil.example"}
         assert asked.post(f"/runs/{run_id}/stop", headers=other).status_code == 403
         assert store.run(run_id).state is RunState.PENDING
+
+
+def test_a_browser_gets_a_page_for_what_is_not_there_and_a_program_a_problem(store: Store) -> None:
+    with asking(store) as asked:
+        found = asked.get("/runs/nothing", headers={"Accept": "text/html"})
+        assert (found.status_code, found.headers["content-type"][:9]) == (404, "text/html")
+        assert "unknown run" in found.text
+        assert "All runs" in found.text
+        assert asked.get("/nowhere", headers={"Accept": "text/html"}).status_code == 404
+        for path in ("/api/v1/runs/nothing", "/runs/nothing"):
+            plain = asked.get(path, headers={"Accept": "application/json"})
+            assert plain.json()["type"] == "/errors/unknown_run"

@@ -87,23 +87,42 @@ def install(app: FastAPI) -> None:
     """Let the app answer with problems, whatever is raised."""
 
     @app.exception_handler(MpqError)
-    def _of_ours(_: Request, error: MpqError) -> Response:
-        return problem_of(error)
+    def _of_ours(request: Request, error: MpqError) -> Response:
+        return _shown(request, problem_of(error))
 
     @app.exception_handler(RequestValidationError)
-    def _of_input(_: Request, error: RequestValidationError) -> Response:
+    def _of_input(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         if first["loc"][:1] == ("path",):
-            return problem(404, "not_found", f"there is no {place}: {first['msg']}")
-        return problem(422, "request", f"{place}: {first['msg'].lower()}", where=place)
+            found = problem(404, "not_found", f"there is no {place}: {first['msg']}")
+        else:
+            found = problem(422, "request", f"{place}: {first['msg'].lower()}", where=place)
+        return _shown(request, found)
 
     @app.exception_handler(HTTPException)
-    def _of_http(_: Request, error: HTTPException) -> Response:
+    def _of_http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 304:
             return Response(status_code=304)
         code = {404: "not_found", 405: "method"}.get(error.status_code, "request")
-        return problem(error.status_code, code, str(error.detail), error.headers)
+        found = problem(error.status_code, code, str(error.detail), error.headers)
+        return _shown(request, found)
+
+
+def _shown(request: Request, found: Response) -> Response:
+    """Return a problem as it is, or as a page to a browser that looks at pages."""
+    wants_page = "text/html" in request.headers.get("accept", "")
+    if not wants_page or request.url.path.startswith("/api/"):
+        return found
+    from mpq.dashboard.templating import page
+
+    told = json.loads(bytes(found.body))
+    headers = {
+        k: v for k, v in found.headers.items() if k not in ("content-length", "content-type")
+    }
+    shown = page("problem.html", status=found.status_code, problem=told)
+    shown.headers.update(headers)
+    return shown
 
 
 # What the OpenAPI document says of the answers that any route may give.
