@@ -6,6 +6,7 @@ import dataclasses
 import getpass
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from mpq.store.store import Store
 from mpq.transport import cluster_for, fail_if_lost, start_in_ray, waits_in_ray
 from mpq.trust import TRUSTED, trusted_text
 
+_LOG = logging.getLogger("mpq.service")
 _LOOK_S = 0.2  # between two looks of somebody who waits
 _IDLE_S = 0.5  # between two looks of a driver that has nothing to do
+_AWAY_S = 5.0  # between two looks while the database is away
 _ABANDONED_S = 30.0
 _RAY_LOOK_S = 2.0  # between two looks at the Ray job of a run that has not begun
 _STARTING_S = 60.0  # a lease taken for a process that has yet to start
@@ -285,7 +288,7 @@ def drive_queue(
     `ray_address` one worker of that cluster as well.
     """
     running: list[subprocess.Popen[bytes]] = []
-    count, standby = 0, None
+    count, standby, is_away = 0, None, False
     try:
         while not (ended is not None and ended.is_set()):
             running = [process for process in running if process.poll() is None]
@@ -293,7 +296,14 @@ def drive_queue(
                 standby = Standby(_environment(store), ray_address)
             if len(running) < drivers:
                 name = driver_name()
-                run_id = store.take_next(name, _STARTING_S, per_owner)
+                try:
+                    run_id, is_away = store.take_next(name, _STARTING_S, per_owner), False
+                except StorageError as error:  # those who drive wait for it as well
+                    if not is_away:
+                        _LOG.warning("queued runs wait: %s", error)
+                    is_away = True
+                    time.sleep(_AWAY_S)
+                    continue
                 if run_id is not None:
                     given = None if standby is None else standby.give(run_id, name)
                     running.append(given or _started(store, run_id, name))

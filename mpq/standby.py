@@ -22,7 +22,7 @@ class Standby:
         command = [sys.executable, "-m", "mpq.driver", "--wait"]
         if ray_address is not None:
             command += ["--ray-address", ray_address]
-        with said_in("standby").open("ab") as output:
+        with said_in(f"standby-{os.getpid()}").open("ab") as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

@@ -98,12 +98,13 @@ class WhatIf:
         assert self._pairs is not None
         if cells == self.cells:
             return self._pairs
-        if self._kept is None or self._kept[0] != cells:
+        kept = self._kept  # looked at once: another thread may ask for other cells meanwhile
+        if kept is None or kept[0] != cells:
             allowed = dict(zip(cells.units, cells.schemes, strict=True))
             _, numbers = self.cells.restrict(allowed)
             own, cross = self._pairs
-            self._kept = cells, (own[numbers], cross[np.ix_(numbers, numbers)])
-        return self._kept[1]
+            kept = self._kept = cells, (own[numbers], cross[np.ix_(numbers, numbers)])
+        return kept[1]
 
 
 def _still_there(near: Allocation, cells: Cells, start: Indices) -> Indices:

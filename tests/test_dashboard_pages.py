@@ -5,16 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 import mpq
+from mpq.additivity import Additivity
 from mpq.comparison import compare_runs
 from mpq.core.evaluation import CHOSEN
 from mpq.core.jobs import RunState
 from mpq.core.latency import KernelCase, KernelLatency
+from mpq.dashboard.app import create_app
+from mpq.dashboard.checks_view import checks_view
 from mpq.dashboard.compare_view import compare_view
+from mpq.dashboard.loaded import LoadedRuns
+from mpq.dashboard.pairs_view import map_of
 from mpq.dashboard.plotted import verbatim
+from mpq.dashboard.settings import Rate, Settings
 from mpq.store.store import Store, open_store
 from tests.pages import (
     NAMES,
@@ -185,3 +193,68 @@ def test_a_browser_gets_a_page_for_what_is_not_there_and_a_program_a_problem(sto
         for path in ("/api/v1/runs/nothing", "/runs/nothing"):
             plain = asked.get(path, headers={"Accept": "application/json"})
             assert plain.json()["type"] == "/errors/unknown_run"
+
+
+def test_a_log_shows_its_end_and_goes_on(store: Store) -> None:
+    run_id, _ = store.submit(SPEC, queued=True)
+    for number in range(510):
+        store.log(run_id, "note", f"line {number}")
+    with asking(store) as asked:
+        assert "line 509<" in asked.get(f"/runs/{run_id}/log").text
+        first = asked.get(f"/runs/{run_id}/log?after=0").text
+        assert "line 499<" in first
+        assert "line 500<" not in first
+        assert f"/runs/{run_id}/log?after=0" in first
+
+
+def test_a_page_that_waited_for_a_result_is_loaded_whole(
+    searched: tuple[Store, list[str]],
+) -> None:
+    store, (run_id, *_) = searched
+    with asking(store) as asked:
+        for view in ("", "/layers"):
+            waited = asked.get(f"/runs/{run_id}{view}", headers={"HX-Request": "true"})
+            assert waited.headers["hx-refresh"] == "true"
+            assert "hx-refresh" not in asked.get(f"/runs/{run_id}{view}").headers
+
+
+def test_another_budget_in_the_address_is_limited_as_others_are(
+    searched: tuple[Store, list[str]],
+) -> None:
+    store, (run_id, *_) = searched
+    app = create_app(store, Settings(moves=Rate(1, 0.01)))
+    asked = TestClient(app, base_url="http://localhost")
+    asks = [asked.get(f"/runs/{run_id}", params={"budget": "memory <= 90%"}) for _ in range(2)]
+    assert [found.status_code for found in asks] == [200, 429]
+
+
+def test_losses_that_are_nothing_or_below_have_no_ratio(
+    searched: tuple[Store, list[str]],
+) -> None:
+    store, (run_id, *_) = searched
+    run = LoadedRuns(store).get(run_id)
+    means = (0.0, 0.0, -1e-9, 2.0)
+    made = tuple(replace(run.evaluations[0], predicted=1.0, mean=mean) for mean in means)
+    view = checks_view(replace(run, evaluations=made), [])
+    assert (view.median_ratio, view.spread) == (2.0, None)
+
+
+def test_a_map_of_many_pairs_keeps_their_numbers() -> None:
+    matrix = np.zeros((401, 401))
+    matrix[399, 400] = matrix[400, 399] = 1.0
+    units = tuple(f"u{n}" for n in range(401))
+    found = Additivity(
+        units=units,
+        metric="m",
+        parts=0.0,
+        with_pairs=0.0,
+        measured=None,
+        stderr=None,
+        matrix=matrix,
+        pairs=(),
+    )
+    figure = map_of(found)
+    assert figure is not None
+    (trace,) = figure["data"]
+    row, column = np.argwhere(trace["z"] == 1.0)[0]
+    assert {trace["x"][column], trace["y"][row]} == {399, 400}

@@ -62,7 +62,7 @@ def test_csv_is_exact_and_missing_is_empty() -> None:
 
 @pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n"])
 def test_no_text_is_a_formula(first: str) -> None:
-    """S8: neither in a cell nor in a name of a column, which may be of a user's metric."""
+    """Neither in a cell nor in a name of a column, which may be of a user's metric."""
     text = f"{first}cmd|'/c calc'!A0"
     table = DataTable(name="t", columns=(Column(text, "text", [text, "safe", "a=b"]),))
     header, *rows = list(csv.reader(io.StringIO(table.csv(), newline="")))

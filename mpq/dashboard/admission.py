@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpq.core.budgets import BudgetText
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import parse_scheme
 from mpq.core.jobs import JobSpec
+from mpq.core.limits import Limit
 from mpq.dashboard.problems import ProblemError
 from mpq.dashboard.settings import Settings
-from mpq.jobfile import parse_job
+from mpq.jobfile import job_names, parse_job
 from solvers import get_solver
 
 _ENTRY_POINT = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d_]\w*)")
@@ -38,6 +39,12 @@ def admitted(content: Mapping[str, Any], settings: Settings) -> JobSpec:
         if getattr(spec, name) is not None:
             raise _refused("path_not_allowed", f"{name} is {reason}: leave it out")
     kind = spec.hardware.partition(":")[0]
+    if kind == "device":
+        raise _refused(
+            "path_not_allowed",
+            f"hardware {spec.hardware[:100]!r} is a node of a cluster, which this server has none "
+            "of: submit it with 'mpq submit' and a ray_address",
+        )
     if kind not in ("local", "roofline", "bitplanes"):
         raise _refused(
             "path_not_allowed",
@@ -51,6 +58,10 @@ def admitted(content: Mapping[str, Any], settings: Settings) -> JobSpec:
         BudgetText.parse(budget)
     for scheme in (*(spec.schemes or ()), *spec.pin.values()):
         parse_scheme(scheme)
+    for limit in spec.limits:
+        Limit.parse(limit)
+    if spec.metric not in (known := job_names()["metric"]):
+        raise unknown("metric", spec.metric, known)
     get_solver(spec.solver)
     return spec
 

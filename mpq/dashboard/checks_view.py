@@ -47,7 +47,7 @@ class ChecksView:
 def checks_view(run: LoadedRun, deployments: list[Deployment]) -> ChecksView:
     """Return what was measured, the chosen allocation of each split first."""
     shown = in_order(without_trials(run.evaluations))
-    ratios = sorted(_ratio(e) or 0.0 for e in run.evaluations if _ratio(e) is not None)
+    ratios = sorted(ratio for e in run.evaluations if (ratio := _ratio(e)) is not None)
     middle = ratios[len(ratios) // 2] if ratios else None
     table = run.problem.costs.get("latency")
     return ChecksView(
@@ -77,14 +77,14 @@ def _row(e: Evaluation) -> CheckRow:
 
 
 def _ratio(e: Evaluation) -> float | None:
-    if e.predicted is None or not e.predicted > 0 or not math.isfinite(e.mean):
+    if e.predicted is None or not e.predicted > 0 or not 0 < e.mean < math.inf:
         return None
     return e.mean / e.predicted
 
 
 def _spread(ratios: list[float]) -> float | None:
     """Return the factor that two thirds of the ratios are within, around their median."""
-    logs = sorted(abs(math.log(r / ratios[len(ratios) // 2])) for r in ratios if r > 0)
+    logs = sorted(abs(math.log(r / ratios[len(ratios) // 2])) for r in ratios)
     return math.exp(logs[2 * len(logs) // 3]) if len(logs) > 2 else None
 
 

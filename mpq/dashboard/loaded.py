@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mpq.what_if import RunWhatIf
 
 
+_PLAYED = 2  # runs whose interactions are kept: a matrix of all cells each
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A run that has scores and costs; `risk` is that of its measured budgets."""
@@ -98,6 +101,8 @@ class LoadedRuns:
                 self._kept[key] = found
                 while len(self._kept) > self._most:
                     self._kept.popitem(last=False)
+                for older in list(self._kept.values())[:-_PLAYED]:
+                    older.__dict__.pop("what_if", None)
         return found
 
     def _read(self, run_id: str, spec: JobSpec) -> LoadedRun:

@@ -11,12 +11,13 @@ from mpq.core.jobs import JobSpec
 from mpq.datatable import DataTable
 
 _PERHAPS = re.compile(rf"(?i)://|pass|secret|key|token|bearer|hf_|{PREFIX}")  # cheaper than all
+# Every repetition is bounded: a text of others must not take longer than its length.
 _SECRETS = (
-    (re.compile(r"(\b[a-zA-Z][\w+.-]*://[^\s:/@]*):[^\s/]*@"), r"\1:***@"),
+    (re.compile(r"([a-zA-Z][\w+.-]{0,30}://[^\s:/@]{0,200}):[^\s@]{0,500}@"), r"\1:***@"),
     (
         re.compile(
-            r"(?i)\b((?:password|passwd|secret|api_?key|access_?key|token)\s*[=:]\s*)"
-            r"(?:'[^']*'|\"[^\"]*\"|[^\s&,;]+)"
+            r"(?i)\b((?:password|passwd|secret|api_?key|access_?key|token)\s{0,5}(?:=|:(?=\s))\s{0,5})"
+            r"(?:'[^']{0,500}'|\"[^\"]{0,500}\"|[^\s&,;]{1,500})"
         ),
         r"\1***",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from mpq.core.errors import InvalidInputError
@@ -15,8 +15,8 @@ from mpq.dashboard.plain import finite_json
 from mpq.dashboard.question import solvable
 from mpq.dashboard.run_view import overview
 from mpq.dashboard.site import Site, asker
-from mpq.dashboard.templating import page
-from mpq.dashboard.views import run_detail
+from mpq.dashboard.templating import page, result_page
+from mpq.dashboard.views import last_lines, run_detail
 from mpq.dashboard.what_if import Asked, answer, proven_answer, what_if_view
 
 TABS = (
@@ -39,22 +39,32 @@ def routes(site: Site) -> APIRouter:
 
     @router.get("/runs/{run_id}")
     def show(
-        run_id: str, budget: Texts = None, pin: Names = None, risk: Risk = None
+        request: Request,
+        run_id: str,
+        who: Annotated[str, Depends(asker)],
+        budget: Texts = None,
+        pin: Names = None,
+        risk: Risk = None,
     ) -> HTMLResponse:
         """Show a run, at the conditions of the URL where it has any."""
         detail = run_detail(site.store, run_id)
         context: dict[str, Any] = {"detail": detail, "tabs": TABS, "tab": ""}
         run = loaded_or_none(site, run_id)
         if run is None or run.chosen is None:
-            return page("run_unfinished.html", **context, log=site.store.events(run_id)[-15:])
+            return page("run_unfinished.html", **context, log=last_lines(site.store, run_id))
         asked = Asked(
             budgets=tuple(budget or [b.text for b in run.chosen.budgets]),
             pins=tuple(pin or ()),
             risk=risk,
         )
         is_stored = budget is None and pin is None and risk is None
-        solution = run.chosen if is_stored else answer(run, asked)
-        return page(
+        solution = run.chosen
+        if not is_stored:
+            site.moves.take(who)
+            small = solvable(run, site.settings.solve_cells)
+            solution = site.solving.run(lambda: answer(small, asked))
+        return result_page(
+            request,
             "run.html",
             **context,
             run=run,

@@ -25,16 +25,16 @@ def map_of(found: Additivity) -> dict[str, Any] | None:
     """Return the figure of the pairs, of the units with the strongest where there are many."""
     if found.matrix is None:
         return None
-    units, matrix = np.array(found.units, dtype=object), found.matrix
-    if len(units) > _MOST_DRAWN:
+    matrix, kept = found.matrix, np.arange(len(found.units))
+    if len(kept) > _MOST_DRAWN:
         kept = np.sort(np.argsort(-np.abs(matrix).max(axis=1))[:_MOST_DRAWN])
-        units, matrix = units[kept], matrix[np.ix_(kept, kept)]
+        matrix = matrix[np.ix_(kept, kept)]
     most = float(np.abs(matrix).max(initial=0.0)) or 1.0
     trace = {
         "type": "heatmap",
         "z": matrix,
-        "x": list(range(len(units))),
-        "y": list(range(len(units))),
+        "x": kept,
+        "y": kept,
         "colorscale": [list(stop) for stop in EFFECTS],
         "zmin": -most,
         "zmax": most,

@@ -88,7 +88,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(MpqError)
     def _of_ours(request: Request, error: MpqError) -> Response:
-        return _shown(request, problem_of(error))
+        return shown(request, problem_of(error))
 
     @app.exception_handler(RequestValidationError)
     def _of_input(request: Request, error: RequestValidationError) -> Response:
@@ -98,7 +98,7 @@ def install(app: FastAPI) -> None:
             found = problem(404, "not_found", f"there is no {place}: {first['msg']}")
         else:
             found = problem(422, "request", f"{place}: {first['msg'].lower()}", where=place)
-        return _shown(request, found)
+        return shown(request, found)
 
     @app.exception_handler(HTTPException)
     def _of_http(request: Request, error: HTTPException) -> Response:
@@ -106,10 +106,10 @@ def install(app: FastAPI) -> None:
             return Response(status_code=304)
         code = {404: "not_found", 405: "method"}.get(error.status_code, "request")
         found = problem(error.status_code, code, str(error.detail), error.headers)
-        return _shown(request, found)
+        return shown(request, found)
 
 
-def _shown(request: Request, found: Response) -> Response:
+def shown(request: Request, found: Response) -> Response:
     """Return a problem as it is, or as a page to a browser that looks at pages."""
     wants_page = "text/html" in request.headers.get("accept", "")
     if not wants_page or request.url.path.startswith("/api/"):
@@ -120,9 +120,9 @@ def _shown(request: Request, found: Response) -> Response:
     headers = {
         k: v for k, v in found.headers.items() if k not in ("content-length", "content-type")
     }
-    shown = page("problem.html", status=found.status_code, problem=told)
-    shown.headers.update(headers)
-    return shown
+    answer = page("problem.html", status=found.status_code, problem=told)
+    answer.headers.update(headers)
+    return answer
 
 
 # What the OpenAPI document says of the answers that any route may give.

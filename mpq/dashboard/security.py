@@ -10,13 +10,14 @@ from typing import Any
 
 from anyio import to_thread
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Asgi
 
 from mpq.core.access import Scope
 from mpq.core.errors import MpqError
-from mpq.dashboard.problems import ProblemError, failure, problem_of
+from mpq.dashboard.problems import ProblemError, failure, problem_of, shown
 from mpq.dashboard.site import Site
 from mpq.store.records import TokenRecord
 
@@ -154,7 +155,7 @@ class Guard:
             from mpq.dashboard.templating import login_page
 
             return login_page(status=401, error="" if scope["path"] == "/" else str(error))
-        return problem_of(error)
+        return shown(Request(scope), problem_of(error))
 
 
 def _check_scope(token: TokenRecord | None, method: str, path: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import typer
 import uvicorn
 
-from mpq.core.errors import InvalidInputError, StorageError
+from mpq.core.errors import InvalidInputError
 from mpq.dashboard.app import create_app
 from mpq.dashboard.settings import Settings, is_loopback
 from mpq.service import drive_queue
@@ -105,6 +105,6 @@ def _drive(storage: str | os.PathLike[str] | None, drivers: int, ended: threadin
         try:
             with open_store(storage) as store:
                 drive_queue(store, drivers=drivers, ended=ended, ready=True)
-        except StorageError as error:
-            _LOG.warning("queued runs wait: %s", error)
+        except Exception:  # whatever it is, jobs that were taken must not wait for ever
+            _LOG.exception("queued runs wait for %g s", _PAUSE_S)
             ended.wait(_PAUSE_S)

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+from fastapi import Request
 from fastapi.responses import HTMLResponse
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
@@ -31,6 +32,14 @@ def environment() -> jinja2.Environment:
 def page(template: str, *, status: int = 200, **context: Any) -> HTMLResponse:
     """Return a page made from a template."""
     return HTMLResponse(environment().get_template(template).render(**context), status)
+
+
+def result_page(request: Request, template: str, **context: Any) -> HTMLResponse:
+    """Return a page with scripts of its own, which whoever waited for it has to load whole."""
+    shown = page(template, **context)
+    if request.headers.get("hx-request") == "true":
+        shown.headers["HX-Refresh"] = "true"
+    return shown
 
 
 def login_page(*, status: int = 200, error: str = "") -> HTMLResponse:

@@ -178,8 +178,13 @@ def stage_view(stage: StageRecord) -> StageView:
 def log_view(store: Store, run_id: str, after: int, limit: int) -> LogView:
     """Return at most so many lines of a log whose number is larger than `after`."""
     state = store.run(run_id).state  # before the lines: an ended run then has no more
-    found = tuple(map(log_line, store.events(run_id, after)[:limit]))
+    found = tuple(map(log_line, store.events(run_id, after, limit)))
     return LogView(lines=found, last=found[-1].id if found else after, state=state)
+
+
+def last_lines(store: Store, run_id: str, number: int = 15) -> tuple[LogLine, ...]:
+    """Return the end of a log."""
+    return tuple(map(log_line, store.events(run_id)[-number:]))
 
 
 def log_line(event: EventRecord) -> LogLine:
