@@ -180,6 +180,9 @@ def test_a_job_is_tried_submitted_watched_compared_and_there_after_a_restart(
             page.wait_for_url("**/runs/*")
             expect(page.locator(".state").first).to_have_text("SUCCEEDED", timeout=90_000)
             assert name in page.locator("h1").inner_text()
+            # The page that waited has become the one with sliders, and they are alive.
+            expect(page.locator("#score")).not_to_be_empty()
+            expect(page.locator("#frontier .main-svg").first).to_be_visible()
         page.goto("/")
         for box in page.locator('input[name="run"]').all():
             box.check()
