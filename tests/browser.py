@@ -27,9 +27,12 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium; in continuous integration its absence is a failure."""
+    """A headless Chromium; in continuous integration its absence is a failure.
+
+    Of one module: while it is there Playwright holds the event loop of this thread.
+    """
     if CHROMIUM is None:
         if os.environ.get("CI"):
             pytest.fail("no chromium here: apt-get install chromium")
