@@ -264,6 +264,22 @@ def test_tables_are_those_of_the_run(searched: tuple[Store, list[str]]) -> None:
     assert asked.get(f"/api/v1/runs/{run_id}/scores.pkl").status_code == 404
 
 
+def test_what_is_told_across_runs_is_there_as_files(searched: tuple[Store, list[str]]) -> None:
+    store, ids = searched
+    asked = asking(store)
+    layers = got(asked, "compare", run=ids[:2])["layers"]
+    rows = got(asked, "compare.json", run=ids[:2])
+    assert {row["layer"]: [row[run_id] for run_id in ids[:2]] for row in rows} == layers
+    for row, use in zip(got(asked, "layers.json"), got(asked, "layers")["layers"], strict=True):
+        assert (row["layer"], row["least_bits"]) == (use["layer"], use["least_bits"])
+        bits = {key[5:]: row[key] for key in row if key.startswith("bits.") and row[key]}
+        assert bits == use["bits"]
+    times = DataTable.from_plain(got(asked, "kernels"))
+    assert asked.get("/api/v1/kernels.csv").text == times.csv()
+    for path in ("layers.parquet", "kernels.parquet", "layers.csv", "kernels.json"):
+        assert asked.get(f"/api/v1/{path}").status_code == 200
+
+
 def test_an_exported_file_is_that_of_the_result(
     searched: tuple[Store, list[str]], tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ PACKAGES = ("mpq", "sensitivity", "solvers", "hw_cost_models", "workers")
 FACES = tuple(
     f"mpq.{name}"
     for name in (
+        "across_tables",
         "additivity",
         "comparison",
         "datatable",
