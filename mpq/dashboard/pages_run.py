@@ -49,7 +49,8 @@ def routes(site: Site) -> APIRouter:
         """Show a run, at the conditions of the URL where it has any."""
         detail = run_detail(site.store, run_id)
         context: dict[str, Any] = {"detail": detail, "tabs": TABS, "tab": ""}
-        run = loaded_or_none(site, run_id)
+        # Of a run that goes on, whatever it has by now, the page is the one that follows it.
+        run = loaded_or_none(site, run_id) if detail.run.has_ended else None
         if run is None or run.chosen is None:
             return page("run_unfinished.html", **context, log=last_lines(site.store, run_id))
         asked = Asked(

@@ -94,7 +94,8 @@ def routes(site: Site) -> APIRouter:
 
 def _with_result(site: Site, request: Request, run_id: str, tab: str, shown: Any) -> HTMLResponse:
     """Return a page about the result of a run, or what the run is waiting for."""
-    detail, run = run_detail(site.store, run_id), loaded_or_none(site, run_id)
+    detail = run_detail(site.store, run_id)
+    run = loaded_or_none(site, run_id) if detail.run.has_ended else None
     context: dict[str, Any] = {"detail": detail, "tabs": TABS, "tab": tab}
     if run is None or run.chosen is None or run.chosen.allocation is None:
         return page("run_unfinished.html", **context, log=last_lines(site.store, run_id))
