@@ -26,9 +26,9 @@ from mpq.core.quantities import quantity
 from mpq.core.risk import risk_of
 from mpq.core.shadow import ShadowPrices
 from mpq.core.stability import Stability
-from mpq.pins import Named, resolve_forbidden, resolve_pins
+from mpq.pins import Named, resolve_pins
 from mpq.stability import stability, usual_draws
-from mpq.stated import stated
+from mpq.stated import stated, under
 from mpq.store.store import Store
 from solvers import solve
 from solvers.risk import at_risk, with_quantiles
@@ -152,10 +152,16 @@ class SearchResult:
         Of each pair in `forbid`, (("fc1", "int2"), ("fc2", "int2")), at most one is taken;
         `constraints` are further linear conditions, over the cells of `result.problem`.
         """
-        pins = resolve_pins(self.graph, pin)
-        pairs = resolve_forbidden(self.graph, forbid)
-        asked = stated(self.problem, budgets, pins, pairs, constraints)
-        risk = risk_of(self._asked_risk if risk is None else risk, asked.costs, asked.limits())
+        asked, risk = under(
+            self.graph,
+            self.problem,
+            self._asked_risk,
+            budgets,
+            pin=pin,
+            risk=risk,
+            forbid=forbid,
+            constraints=constraints,
+        )
         return solve(asked, solver, risk)
 
     def what_if(self) -> RunWhatIf:

@@ -8,9 +8,8 @@ from mpq.core.budgets import Budget
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation, Problem, Solution
-from mpq.core.risk import risk_of
-from mpq.pins import Named, resolve_forbidden, resolve_pins
-from mpq.stated import stated
+from mpq.pins import Named
+from mpq.stated import under
 from solvers.risk import at_risk, with_quantiles
 from solvers.what_if import WhatIf
 
@@ -37,7 +36,7 @@ class RunWhatIf:
         near: Allocation | None = None,
     ) -> Solution:
         """Solve as `SearchResult.solve` does, in a moment; `near` is the answer before."""
-        pins, pairs = resolve_pins(self.graph, pin), resolve_forbidden(self.graph, forbid)
-        plain = stated(self.problem, budgets, pins, pairs)
-        risk = risk_of(self._risk if risk is None else risk, plain.costs, plain.limits())
+        plain, risk = under(
+            self.graph, self.problem, self._risk, budgets, pin=pin, risk=risk, forbid=forbid
+        )
         return with_quantiles(plain, self._what_if.solve(at_risk(plain, risk), near), risk)

@@ -12,8 +12,7 @@ from mpq.core.problem import Solution
 from mpq.core.risk import check_risk, risk_of
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.problems import ProblemError
-from mpq.pins import resolve_forbidden, resolve_pins
-from mpq.stated import stated
+from mpq.stated import under
 from solvers import solve
 from solvers.frontier import frontier
 from solvers.risk import at_risk
@@ -53,10 +52,15 @@ def solvable(run: LoadedRun, most_cells: int) -> LoadedRun:
 def asked_solution(run: LoadedRun, question: Question) -> Solution:
     """Return the allocation of least score; raises InvalidInputError."""
     budgets = _chosen(run).budgets if question.budgets is None else question.budgets
-    pins = resolve_pins(run.graph, question.pin)
-    asked = stated(run.problem, budgets, pins, resolve_forbidden(run.graph, question.forbid))
-    wanted = run.spec.risk if question.risk is None else question.risk
-    risk = risk_of(wanted, asked.costs, asked.limits())
+    asked, risk = under(
+        run.graph,
+        run.problem,
+        run.spec.risk,
+        budgets,
+        pin=question.pin,
+        risk=question.risk,
+        forbid=question.forbid,
+    )
     return solve(asked, "auto", None if risk is None else check_risk(risk))
 
 

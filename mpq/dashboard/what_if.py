@@ -9,11 +9,10 @@ import numpy as np
 
 from mpq.core.problem import Allocation, Problem, Solution, Status
 from mpq.core.quantities import quantity
-from mpq.core.risk import risk_of
 from mpq.dashboard.loaded import LoadedRun
 from mpq.dashboard.views import finite
-from mpq.pins import parse_pins, resolve_pins
-from mpq.stated import stated
+from mpq.pins import parse_pins
+from mpq.stated import under
 from solvers import solve
 
 
@@ -68,9 +67,10 @@ def answer(run: LoadedRun, asked: Asked, near: Allocation | None = None) -> Solu
 
 def proven_answer(run: LoadedRun, asked: Asked) -> Solution:
     """Solve with a bound, which takes longer."""
-    pins = resolve_pins(run.graph, parse_pins(asked.pins))
-    plain = stated(run.problem, asked.budgets, pins)
-    risk = risk_of(run.spec.risk if asked.risk is None else asked.risk, plain.costs, plain.limits())
+    pins = parse_pins(asked.pins)
+    plain, risk = under(
+        run.graph, run.problem, run.spec.risk, asked.budgets, pin=pins, risk=asked.risk
+    )
     return solve(plain, "auto" if plain.responses is None else "pairs", risk)
 
 
