@@ -184,7 +184,7 @@ def log_view(store: Store, run_id: str, after: int, limit: int) -> LogView:
 
 def last_lines(store: Store, run_id: str, number: int = 15) -> tuple[LogLine, ...]:
     """Return the end of a log."""
-    return tuple(map(log_line, store.events(run_id)[-number:]))
+    return tuple(map(log_line, store.last_events(run_id, number)))
 
 
 def log_line(event: EventRecord) -> LogLine:

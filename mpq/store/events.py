@@ -30,3 +30,14 @@ def get(session: Session, run_id: str, after: int, limit: int | None = None) -> 
         .limit(limit)
     ).mappings()
     return [EventRecord(**row) for row in rows]
+
+
+def last(session: Session, run_id: str, number: int) -> list[EventRecord]:
+    """Return the last lines, oldest first."""
+    rows = session.execute(
+        select(EventRow.id, EventRow.at, EventRow.kind, EventRow.message)
+        .where(EventRow.run_id == run_id)
+        .order_by(EventRow.id.desc())
+        .limit(number)
+    ).mappings()
+    return [EventRecord(**row) for row in rows][::-1]

@@ -360,3 +360,8 @@ class Store(Leases, Artifacts, Access):
         """Return the log, oldest first; `after` is the number of the last line already seen."""
         with self._read(run_id) as session:
             return events.get(session, run_id, after, limit)
+
+    def last_events(self, run_id: str, number: int) -> list[EventRecord]:
+        """Return the end of the log, oldest first."""
+        with self._read(run_id) as session:
+            return events.last(session, run_id, number)
