@@ -20,7 +20,7 @@ from mpq.export import get_exporter
 from mpq.export.compressed_tensors import INTEGER, group_format, refuse_tied
 from mpq.export.packed import PackedFile
 from mpq.export.rules import check_runs
-from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
+from mpq.nn.quantizers import StoredWeight, WeightQuantizer
 
 
 def write_compressed(
@@ -63,7 +63,7 @@ def write_compressed(
     )
 
 
-def _tensors_of(weight: IntegerWeight, scheme: Scheme) -> dict[str, torch.Tensor]:
+def _tensors_of(weight: StoredWeight, scheme: Scheme) -> dict[str, torch.Tensor]:
     rows, columns = weight.shape
     bits, half = weight.fmt.bits, 2 ** (weight.fmt.bits - 1)
     codes = weight.codes.reshape(rows, columns)
