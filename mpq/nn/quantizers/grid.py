@@ -10,14 +10,13 @@ import torch
 from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.nn.quantizers.bit_streams import from_stream, to_stream
+from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.rows import from_rows, rows_of
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 _SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
 _LARGEST_SCALE = 65504.0
 _BLOCK = 2**16  # elements, so that a block and what is made of it stay in the cache
-
-Factor = torch.Tensor | float  # by which the range of each row is shrunk, (rows, 1)
 
 
 class Scales(NamedTuple):

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from mpq.core.formats import Format
-from mpq.nn.quantizers.grid import Factor, HalfScales, OnGrid, Scales, as_half
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import HalfScales, OnGrid, Scales, as_half
 
 _WIDE = 8
 
