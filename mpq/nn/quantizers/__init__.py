@@ -16,6 +16,7 @@ from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.activations import fake_quantize_activation
+from mpq.nn.quantizers.codebook import BITSANDBYTES_FLOATS, NORMAL_FLOATS
 from mpq.nn.quantizers.family import Factor, Family
 from mpq.nn.quantizers.grid import OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
@@ -31,6 +32,8 @@ _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FAMILIES: Mapping[str, Family] = {
     "int": INTEGERS,
     "uint": UNSIGNED,
+    "nf": NORMAL_FLOATS,
+    "bnb": BITSANDBYTES_FLOATS,
 }
 
 
