@@ -17,7 +17,8 @@ import torch
 
 from mpq.core.formats import Format
 from mpq.nn.quantizers.double_scales import DoubleScales
-from mpq.nn.quantizers.grid import Factor, HalfScales, OnGrid, Scales, as_half
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import HalfScales, OnGrid, Scales, as_half
 from mpq.nn.quantizers.stored import StoredWeight
 
 NF4 = (
