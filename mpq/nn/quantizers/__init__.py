@@ -21,8 +21,10 @@ from mpq.nn.quantizers.codebook import BITSANDBYTES_FLOATS, NORMAL_FLOATS
 from mpq.nn.quantizers.family import Factor, Family
 from mpq.nn.quantizers.grid import OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
+from mpq.nn.quantizers.kmeans import KMEANS
 from mpq.nn.quantizers.low_rank import LowRankBranch
 from mpq.nn.quantizers.mixed import MixedChannels
+from mpq.nn.quantizers.partial_binary import PARTIAL_BINARY
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 from mpq.nn.quantizers.ternary import TERNARY
 
@@ -40,6 +42,8 @@ FAMILIES: Mapping[str, Family] = {
     "binary": BINARY,
     "residual_binary": RESIDUAL_BINARY,
     "dual_binary": DUAL_BINARY,
+    "partial_binary": PARTIAL_BINARY,
+    "kmeans": KMEANS,
 }
 
 

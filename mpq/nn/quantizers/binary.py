@@ -75,7 +75,7 @@ class _Planes:
         fmt.num_scales(shape, channel_axis)  # refuses groups that do not divide
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         height = max(1, _BLOCK // max(1, rows.shape[1]))
-        fits = [self.fit(part, fmt.bits) for part in rows.split(height)]
+        fits = [self.fit(part, fmt.bits) for part in torch.split(rows, height)]
         codes, scales = (torch.cat(parts) for parts in zip(*fits, strict=True))
         return StoredWeight(codes, scales, None, fmt, shape, channel_axis)
 
@@ -117,7 +117,9 @@ class ResidualBinary(_Planes):
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         back = torch.zeros_like(rows)
         height = max(1, _IN_CACHE // max(1, rows.shape[1]))
-        for some, its_back in zip(rows.split(height), back.split(height), strict=True):
+        for some, its_back in zip(
+            torch.split(rows, height), torch.split(back, height), strict=True
+        ):
             for _, _, part in _signs(some, fmt.bits):
                 its_back += part
         return from_rows(back, tuple(weight.shape), channel_axis)
