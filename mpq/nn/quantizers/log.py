@@ -30,7 +30,7 @@ def logsqrt2(
     values: torch.Tensor, fmt: Format, limits: tuple[float, float] | None = None
 ) -> torch.Tensor:
     """Return values (samples first; float32 or wider) rounded to powers of the root of two."""
-    levels = [2.0 ** -(-(-q // 2)) * 2.0 ** (q % 2 / 2) for q in range(2**fmt.bits - 1)]
+    levels = [2.0 ** -((q + 1) // 2) * 2.0 ** (q % 2 / 2) for q in range(2**fmt.bits - 1)]
     return _rounded(values, limits, 2.0, levels)
 
 
