@@ -75,26 +75,35 @@ def least_dual_error(row: Sequence[float]) -> float:
     return least
 
 
-def slow_lloyd(
-    row: Sequence[float], weights: Sequence[float], count: int, turns: int
-) -> list[list[float]]:
-    """Return the centroids after each turn of weighted k-means, the weighted quantiles first."""
+def slow_starts(
+    row: Sequence[float], weights: Sequence[float], count: int
+) -> tuple[list[float], list[float]]:
+    """Return the weighted quantiles of a row, and numbers evenly spaced over what counts in it."""
     order = sorted(range(len(row)), key=lambda i: row[i])
-    total = sum(weights)
-    start = []
+    quantiles = []
     for k in range(count):
         reached = 0.0
         for i in order:
             reached += weights[i]
-            if reached >= (k + 0.5) / count * total:
+            if reached >= (k + 0.5) / count * sum(weights):
                 break
-        start.append(row[i])
-    history = [start]
+        quantiles.append(row[i])
+    counted = [w for w, f in zip(row, weights, strict=True) if f > 0]
+    low, high = min(counted), max(counted)
+    return quantiles, [low + (high - low) * (k + 0.5) / count for k in range(count)]
+
+
+def slow_lloyd(
+    row: Sequence[float], weights: Sequence[float], start: Sequence[float], turns: int
+) -> list[list[float]]:
+    """Return ascending centroids after each turn of weighted k-means, those of the start first."""
+    history = [list(start)]
     for _ in range(turns):
         old = history[-1]
-        near = [min(range(count), key=lambda k: (abs(w - old[k]), k)) for w in row]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(old)]
+        near = [sum(w > middle for middle in middles) for w in row]
         new = list(old)
-        for k in range(count):
+        for k in range(len(old)):
             own = [i for i in range(len(row)) if near[i] == k]
             if (mass := sum(weights[i] for i in own)) > 0:
                 new[k] = sum(weights[i] * row[i] for i in own) / mass

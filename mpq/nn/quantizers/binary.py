@@ -26,7 +26,7 @@ from mpq.nn.quantizers.stored import LayerData, StoredWeight
 _BLOCK = 2**20  # elements fitted at once
 _IN_CACHE = 2**15  # elements
 _FITS = 8
-_STARTS = ((2.0, -1.0), (1.0, -2.0), (1.0, 2.0), (-1.0, -2.0))
+_STARTS = ((2.0, -1.0), (1.0, -2.0), (2 / 3, 4 / 3), (-2 / 3, -4 / 3))
 
 
 class Signs(HalfScales):
@@ -147,8 +147,8 @@ class DualBinary(_Planes):
 
     Our reading: weights are assigned to the nearest level and (a_1, a_2) is their least-squares
     solution, in turns, at most 8 times, from four starts: s (2, -1), the levels of int2 that
-    DB-LLM starts from; its mirror image s (1, -2); s (1, 2) and s (-1, -2) for rows of one sign;
-    s = mean|w|. The best of the four is kept and rounded to half. No turn raises the error.
+    DB-LLM starts from; its mirror image s (1, -2); s (2, 4) / 3 and -s (2, 4) / 3 for rows of one
+    sign; s = mean|w|. The best of the four is kept and rounded to half. No turn raises the error.
     """
 
     def fit(self, rows: torch.Tensor, planes: int) -> tuple[torch.Tensor, torch.Tensor]:

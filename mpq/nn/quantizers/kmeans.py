@@ -1,10 +1,10 @@
 """A codebook for each output channel by weighted k-means (SqueezeLLM, Kim et al., ICML 2024).
 
 sum_i F_i (w_i - c(w_i))^2 is minimised over 2^bits centroids of each output channel; F is the
-Fisher information of each weight where it is known, else 1. Lloyd's turns start from weighted
-quantiles (those of (k + 1/2) / 2^bits) and end when no weight moves, after 50 at most; no turn
-raises the error. Centroids are rounded to IEEE half, then each weight takes the nearest, of two the
-lower one.
+Fisher information of each weight where it is known, else 1. Lloyd's turns start once from weighted
+quantiles (those of (k + 1/2) / 2^bits), once from numbers evenly spaced over the range, and end
+when no weight moves, after 50 at most; no turn raises the error, and the better result is kept.
+Centroids are rounded to IEEE half, then each weight takes the nearest, of two the lower one.
 
 A share of the tensor's weights, those with the largest F w^2 (without Fisher information: the
 largest |w|; of equal ones the first), takes no part in that and stays in IEEE half, as rows of
@@ -88,21 +88,24 @@ class KMeans:
     def centroids(
         self, rows: torch.Tensor, weights: torch.Tensor | None, count: int
     ) -> torch.Tensor:
-        """Return ascending centroids (rows, count), float64."""
+        """Return ascending centroids (rows, count), float64: of both starts the better ones."""
         in_order = SortedRows(rows, weights)
-        total = in_order.weight[:, -1:]
-        wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * total
-        places = torch.searchsorted(in_order.weight[:, 1:].contiguous(), wanted)
-        places.clamp_max_(rows.shape[1] - 1)
-        centroids = in_order.values.gather(1, places).double()
+        fits = [self._lloyd(in_order, start) for start in _starts(in_order, count)]
+        (first, its_error), (second, error) = fits
+        return torch.where((error < its_error)[:, None], second, first)
+
+    def _lloyd(
+        self, rows: SortedRows, centroids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return centroids and their error, less what no centroids change."""
         before = torch.empty(0, dtype=torch.int64)
-        for _ in range(self.turns):
-            weight, moment, ends = in_order.segments(_middles(centroids))
-            if torch.equal(ends, before):
+        for turn in range(self.turns + 1):
+            weight, moment, ends = rows.segments(_middles(centroids))
+            if turn == self.turns or torch.equal(ends, before):
                 break
             before = ends
             centroids = torch.where(weight > 0, moment / weight, centroids)
-        return centroids
+        return centroids, (weight * centroids.square() - 2 * moment * centroids).sum(1)
 
     def fake_quantize(
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
@@ -171,6 +174,19 @@ def _sparse(rows: torch.Tensor, outlying: torch.Tensor) -> dict[str, torch.Tenso
     values = rows[outlying].clamp(-LARGEST_SCALE, LARGEST_SCALE).half()
     ends = outlying.sum(1).cumsum(0).to(torch.int32)
     return dict(zip(_SPARSE, (values, outlying.nonzero()[:, 1], ends), strict=True))
+
+
+def _starts(rows: SortedRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weighted quantiles, and evenly spaced numbers between the ends of what counts."""
+    parts = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    reached = rows.weight[:, 1:].contiguous()
+    total = reached[:, -1:].contiguous()
+    last = rows.values.shape[1] - 1
+    quantiles = torch.searchsorted(reached, parts * total).clamp_max_(last)
+    low = torch.searchsorted(reached, torch.zeros_like(total), right=True).clamp_max_(last)
+    high = torch.searchsorted(reached, total)
+    least, most = (rows.values.gather(1, place).double() for place in (low, high))
+    return rows.values.gather(1, quantiles).double(), least + (most - least) * parts
 
 
 def _middles(centroids: torch.Tensor) -> torch.Tensor:
