@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 
 from mpq.core.formats import FP32, ChannelAxis, Format, Scheme, native_scheme
 
@@ -155,6 +155,20 @@ class LayerGraph:
             unit.name: tuple(named[n] for n in unit.layers if not named[n].source)
             for unit in self.units
         }
+
+    def only(self, names: Container[LayerName]) -> LayerGraph:
+        """Return the graph in which these alone are searched, others of `apart` are gone."""
+        kept = (replace(u, layers=tuple(n for n in u.layers if n in names)) for u in self.units)
+        return replace(
+            self,
+            units=tuple(unit for unit in kept if unit.layers),
+            apart=tuple(part for part in self.apart if part.name in names),
+        )
+
+    @property
+    def without_apart(self) -> LayerGraph:
+        """The graph in which layers alone are searched, whatever their input."""
+        return self.only({layer.name for layer in self.layers})
 
     def merged(self, schemes: Mapping[LayerName, Scheme]) -> dict[LayerName, Scheme]:
         """Return the schemes that layers and caches run in: inputs go into their layer's scheme.

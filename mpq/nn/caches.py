@@ -81,9 +81,10 @@ def with_caches(graph: LayerGraph, caches: Caches, skipped: Sequence[str] = ()) 
 
 def _pairs(network: nn.Module, attention: Attention) -> list[Mapping[str, str]]:
     """Return {cache: projection} of each module with projections of keys and of values."""
-    width, found = attention.kv_heads * attention.head_dim, []
+    width = attention.kv_heads * attention.head_dim
+    found: list[Mapping[str, str]] = []
     for name, module in network.named_modules():
-        pair = {}
+        pair: dict[str, str] = {}
         for leaf, names in PROJECTIONS.items():
             for child in names:
                 projection = module._modules.get(child)

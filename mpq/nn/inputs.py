@@ -29,12 +29,13 @@ def with_inputs(graph: LayerGraph, sources: Mapping[LayerName, int]) -> LayerGra
         for layer in sorted(searched, key=lambda layer: layer.order)
         if not layer.why_weights_only
     ]
+    named_by = {layer.name: layer.source for layer in inputs}
     readers: dict[int, list[LayerName]] = {}
     for layer in inputs:
         readers.setdefault(sources[layer.source], []).append(layer.name)
     units = [
         Unit(
-            name=unit_name(names),
+            name=f"{unit_name([named_by[name] for name in names])}.{INPUT}",
             layers=tuple(names),
             reason="input of a layer" if len(names) == 1 else "one tensor that several layers read",
         )
