@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from hw_cost_models.work import branch_macs
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import NATIVE_BITS
 from mpq.core.joint import JointCosts
@@ -15,6 +16,7 @@ from mpq.core.tables import Cells, CostTable
 
 _NATIVE = NATIVE_BITS["fp32"] ** 2
 _MOST_PAIRS = 2**20  # of cells: a solver looks at each
+_HALF = NATIVE_BITS["fp16"] ** 2
 
 
 def _macs(layer: Layer) -> int:
@@ -25,7 +27,8 @@ class BitOperations:
     """BOPs of a layer = MACs * weight bits * activation bits.
 
     Yao et al., HAWQ-V3, ICML 2021, section 3.4. Activations that are left alone count 32 bits,
-    embeddings 0 MACs. Tied layers store one weight but multiply in each of their places. Where
+    embeddings 0 MACs. Tied layers store one weight but multiply in each of their places. Shares in
+    a wider format count their own bits, a low-rank branch its own MACs at 16 * 16 bits. Where
     inputs are searched apart, a product of two units' bits is a joint cost of theirs.
     """
 
@@ -45,7 +48,11 @@ class BitOperations:
                 if layer.name in apart:
                     products[unit, apart[layer.name]] += _macs(layer)
         values = np.array(
-            [tied[unit] * scheme.weights.bits * scheme.activations.bits for unit, scheme in cells],
+            [
+                tied[unit] * scheme.weights.mean_bits * scheme.activations.bits
+                + _HALF * sum(branch_macs(layer, scheme) for layer in graph.kernels[unit])
+                for unit, scheme in cells
+            ],
             np.float64,
         )
         joint = _joint(cells, products, values)
@@ -87,12 +94,12 @@ def _joint(
         one, other = cells.unit_number(weights), cells.unit_number(inputs)
         bits = [scheme.activations.bits for scheme in cells.schemes[other]]
         for i, scheme in enumerate(cells.schemes[one], int(cells.offsets[one])):
-            values[i] += macs * scheme.weights.bits * min(bits)
+            values[i] += macs * scheme.weights.mean_bits * min(bits)
             for j, more in enumerate(bits, int(cells.offsets[other])):
                 if more > min(bits):
                     first.append(i)
                     second.append(j)
-                    terms.append(float(macs * scheme.weights.bits * (more - min(bits))))
+                    terms.append(float(macs * scheme.weights.mean_bits * (more - min(bits))))
     if len(terms) > _MOST_PAIRS:
         raise InvalidInputError(
             "joint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import Format, PerTensor
+from mpq.core.formats import Format
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.tables import Cells, CostTable
 
@@ -12,8 +12,8 @@ def cached_bytes(layer: Layer, fmt: Format) -> int:
     """Return the exact bytes of a cache in a format: whole bytes for each token and head.
 
     A vector of head_dim elements is stored with its own scales and zero points. Raises
-    InvalidInputError naming the cache for groups that do not divide a vector (`group_size`), a
-    scale for the whole cache (`format`: it is not known before the cache is full) and a native
+    InvalidInputError naming the cache for groups that do not divide a vector (`group_size`),
+    anything of the whole cache (`format`: it is not known before the cache is full) and a native
     format of more than 16 bits.
     """
     vectors, head_dim = layer.weight_shape
@@ -21,20 +21,21 @@ def cached_bytes(layer: Layer, fmt: Format) -> int:
         raise InvalidInputError(
             "format", f"cache {layer.name!r} holds 16-bit numbers: leave {fmt.family} out"
         )
-    if isinstance(fmt.granularity, PerTensor) and not fmt.is_native:
-        raise InvalidInputError(
-            "format",
-            f"cache {layer.name!r} is filled token by token, {fmt.text('weights')} has one scale "
-            f"for all of them: use a scale for each vector (int{fmt.bits}) or for groups of it",
-        )
     try:
-        return vectors * -(-fmt.storage_bits((1, head_dim), 0) // 8)
+        bits, of_two = (0 if fmt.made_ahead else fmt.storage_bits((n, head_dim)) for n in (1, 2))
     except InvalidInputError as error:
         raise InvalidInputError(
             error.code,
             f"cache {layer.name!r} holds vectors of {head_dim}: {fmt.text('weights')} has groups "
             f"that do not divide them",
         ) from None
+    if fmt.made_ahead or of_two != 2 * bits:
+        raise InvalidInputError(
+            "format",
+            f"cache {layer.name!r} is filled token by token, {fmt.text('weights')} has to see all "
+            f"of them: use a scale for each vector such as int4, or for groups of it",
+        )
+    return vectors * -(-bits // 8)
 
 
 class KvCache:

@@ -64,6 +64,7 @@ class LatencyTable:
         return f"{scheme}: {self.provenance} has no entry for layer {layer.name!r}{shape}"
 
     def _seconds(self, layer: Layer, scheme: Scheme) -> float | None:
+        scheme = scheme.as_stored
         found = self._layers.get((layer.name, scheme))
         if found is None:
             one = self._shapes.get((_shape_of(layer), scheme))

@@ -118,7 +118,7 @@ def make_workload(
     schemes: Callable[[Layer], Sequence[Scheme]],
 ) -> Workload:
     """Put model, data and choices together; the key covers all that scores depend on."""
-    cells = make_cells(graph, schemes, spec.pin)
+    cells = make_cells(graph, schemes, spec.pin, spec.on_indivisible)
     with evaluating(given.model), torch.no_grad():
         output = checked_call(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
     if output.shape[:1] != (1,):

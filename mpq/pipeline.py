@@ -19,7 +19,7 @@ from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
+from mpq.core.jobs import Clip, Divergence, JobSpec, OnIndivisible, RunState, given_groups
 from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
@@ -76,6 +76,7 @@ def search(
     activations: Literal["tied", "apart"] = "tied",
     activation_schemes: Sequence[str] | None = None,
     clip: Clip = "minmax",
+    on_indivisible: OnIndivisible = "refuse",
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
     limits: Sequence[str] = (),
@@ -114,10 +115,12 @@ def search(
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
-    unit length, else kl of logits). `clip` is how weight ranges are cut. `kv_cache=True`, or
-    {"context": 4096, "batch": 8}, searches the KV caches of a language model too, `activations`
-    "apart" the inputs of layers apart from weights (see JobSpec for their schemes). `quality` is
-    {name: function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
+    unit length, else kl of logits). `clip` is how weight ranges are cut, `on_indivisible`
+    what becomes of groups that do not divide a layer: "refuse", or "channel", a scale for each
+    channel. `kv_cache=True`, or {"context": 4096, "batch": 8}, searches the KV caches of a language
+    model too, `activations` "apart" the inputs of layers apart from weights (see JobSpec for their
+    schemes). `quality` is {name: function}, by name (mpq.nn.quality), entry point or as it is; with
+    it the sum of the
     qualities, each over the best uniform scheme's, decides instead of the divergence, and
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
     that move it most). `limits` such as "accuracy >= 0.99" or "accuracy drop <= 1%" must be met
@@ -155,6 +158,7 @@ def search(
         metric=metric,
         solver=solver,
         clip=clip,
+        on_indivisible=on_indivisible,
         skip=tuple(skip),
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),

@@ -293,7 +293,7 @@ def test_bytes_are_those_counted_by_hand(text: str, of_vector: int) -> None:
 def test_groups_that_do_not_divide_a_vector_and_wide_or_shared_scales_are_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"k_cache' holds vectors of 20: int4g8 has groups"):
         cached_bytes(cache(), parse_format("int4g8"))
-    with pytest.raises(InvalidInputError, match=r"token by token, int4t has one scale"):
+    with pytest.raises(InvalidInputError, match=r"token by token, int4t has to see all"):
         cached_bytes(cache(), parse_format("int4t"))
     with pytest.raises(InvalidInputError, match=r"16-bit numbers: leave fp32 out"):
         cached_bytes(cache(), parse_format("fp32"))

@@ -15,6 +15,7 @@ from mpq.core.risk import check_risk
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
+OnIndivisible = Literal["refuse", "channel"]
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
 _BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
@@ -35,12 +36,13 @@ class JobSpec:
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `divergence` compares outputs ("auto": cosine for outputs of unit length, else kl of logits).
     `budgets` are texts (mpq.core.budgets) that hold together. `schemes` are what every layer may
-    take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
-    scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
-    searched only where asked. `kv_cache` searches the caches of keys and values of a language
-    model too, {"context": 4096, "batch": 8} says how much they hold (default: the sample's), in
-    one of `kv_schemes` (None: 16 bits, int8, int4 in groups). `activations` "apart" searches
-    the inputs of layers, in `activation_schemes`, apart from weights. Tasks run in the
+    take (None: what the hardware runs), `clip` is how weight ranges are cut, `on_indivisible` what
+    becomes of groups that do not divide a layer ("channel": a scale for each channel), `metric`
+    names what scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`).
+    `embeddings` are searched only where asked. `kv_cache` searches the caches of keys and values of
+    a language model too, {"context": 4096, "batch": 8} says how much they hold (default: the
+    sample's), in one of `kv_schemes` (None: 16 bits, int8, int4 in groups). `activations` "apart"
+    searches the inputs of layers, in `activation_schemes`, apart from weights. Tasks run in the
     `executor`, "ray" with `num_workers` processes (None: one for each processor) or "serial",
     here; `ray_address`, "auto" or "host:port", is an existing Ray cluster (None: a local Ray).
     `worker_resources` is what each worker of Ray takes beside one processor, {"gpu": 1,
@@ -83,6 +85,7 @@ class JobSpec:
     metric: str = "gauss_newton"
     solver: str = "auto"
     clip: Clip = "minmax"
+    on_indivisible: OnIndivisible = "refuse"
     skip: tuple[str, ...] = ()
     pin: dict[str, str] = field(default_factory=dict)
     groups: Literal["auto", "none"] | tuple[tuple[str, ...], ...] = "auto"

@@ -15,7 +15,7 @@ from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Exporter
 from mpq.export.names import chosen_without, graph_without
-from mpq.export.rules import as_it_is, check_runs
+from mpq.export.rules import as_it_is, as_told, check_runs
 
 _MALFORMED = (
     AttributeError,
@@ -77,7 +77,7 @@ def export_allocation(
 def export_text(target: str, chosen: Chosen, *, strip: str = "", **options: Any) -> tuple[str, str]:
     """Return the usual name of the file that `export_allocation` writes, and its content."""
     exporter = get_exporter(target, **options)
-    named = chosen_without(strip, chosen)
+    named = as_told(exporter, chosen_without(strip, chosen))
     check_runs(exporter, named)
     return f"mpq-{target}{exporter.suffix}", exporter.text(named)
 
@@ -120,6 +120,7 @@ def predicted_bytes(target: str, chosen: Chosen, **options: Any) -> int | None:
     Tied weights count once. None where the target stores no network.
     """
     exporter = get_exporter(target, **options)
+    chosen = as_told(exporter, chosen)
     check_runs(exporter, chosen)
     total = chosen.graph.fixed_bytes
     for unit in chosen.graph.units:

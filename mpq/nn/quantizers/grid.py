@@ -1,0 +1,201 @@
+"""Formats whose weights are levels of one grid times a scale: stored, rounded, clipped alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from mpq.core.formats import Format
+from mpq.core.granularity import ChannelAxis
+from mpq.nn.quantizers.bit_streams import from_stream, to_stream
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.rows import from_rows, rows_of
+from mpq.nn.quantizers.stored import LayerData, StoredWeight
+
+_SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
+_LARGEST_SCALE = 65504.0
+_BLOCK = 2**16  # elements, so that a block and what is made of it stay in the cache
+
+
+class Scales(NamedTuple):
+    """The scale and zero point of each row, (rows, 1), as they are stored, and what they share."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    shared: torch.Tensor | None = None  # a scalar
+
+
+class Grid(Protocol):
+    """The numbers of a family; rows, scales and zero points are float32."""
+
+    def scales(self, rows: torch.Tensor, fmt: Format, factor: Factor = 1.0) -> Scales:
+        """Return the scales of rows whose range is shrunk by `factor`."""
+
+    def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the levels nearest to numbers already divided by their scale.
+
+        May write to `scaled`, and may return it.
+        """
+
+    def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the code of each level (int16)."""
+
+    def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the level that each code stands for; inverse of `codes`."""
+
+    def lowest_code(self, fmt: Format) -> int:
+        """Return the smallest code, which is stored as zero."""
+
+    def pack_scales(self, stored: StoredWeight) -> dict[str, torch.Tensor]:
+        """Return scales and what they share as a file holds them, by the names of parts."""
+
+    def unpack_scales(self, arrays: dict[str, torch.Tensor], fmt: Format) -> Scales:
+        """Return scales of the arrays of a file, without zero points."""
+
+
+def as_half(scale: torch.Tensor) -> torch.Tensor:
+    """Return positive scales as IEEE half keeps them."""
+    return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+
+
+class HalfScales:
+    """Scales of a grid that are stored in IEEE half."""
+
+    def pack_scales(self, stored: StoredWeight) -> dict[str, torch.Tensor]:
+        """Return the scales in IEEE half."""
+        return {"scales": stored.scales.reshape(-1).half()}
+
+    def unpack_scales(self, arrays: dict[str, torch.Tensor], fmt: Format) -> Scales:
+        """Return the scales."""
+        return Scales(arrays["scales"].float().reshape(-1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class OnGrid:
+    """A family whose weights are on a grid."""
+
+    grid: Grid
+
+    def store(
+        self,
+        weight: torch.Tensor,
+        fmt: Format,
+        channel_axis: ChannelAxis = 0,
+        factor: Factor = 1.0,
+        data: LayerData | None = None,
+    ) -> StoredWeight:
+        """Round a weight to nearest, the range of each row shrunk by `factor`.
+
+        Raises InvalidInputError where groups do not divide the weights of a channel.
+        """
+        fmt.num_scales(tuple(weight.shape), channel_axis)  # refuses groups that do not divide
+        rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
+        scales = self.grid.scales(rows, fmt, factor)
+        levels = self.grid.nearest(rows / scales.scale, scales.zero, fmt)
+        return self.of_levels(levels, scales, fmt, tuple(weight.shape), channel_axis)
+
+    def of_levels(
+        self,
+        levels: torch.Tensor,
+        scales: Scales,
+        fmt: Format,
+        shape: tuple[int, ...],
+        channel_axis: ChannelAxis,
+    ) -> StoredWeight:
+        """Return the stored weight of levels (rows, weights) however they were chosen."""
+        zero = None if scales.zero is None else scales.zero.to(torch.int16)
+        extra = {} if scales.shared is None else {"tensor_scale": scales.shared}
+        codes = self.grid.codes(levels, scales.zero, fmt)
+        return StoredWeight(codes, scales.scale, zero, fmt, shape, channel_axis, extra)
+
+    def fake_quantize(
+        self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
+    ) -> torch.Tensor:
+        """Return `store(...).dequantize()` without making codes."""
+        fmt.num_scales(tuple(weight.shape), channel_axis)
+        rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
+        scale, zero, _ = self.grid.scales(rows, fmt, factor)
+        back = torch.empty_like(rows)
+        if scale.shape[0] == 1:  # one row: any part of it is rounded alike
+            rows, back = rows.reshape(-1, 1), back.reshape(-1, 1)
+        height = max(1, _BLOCK // max(1, rows.shape[1]))
+        for first in range(0, len(rows), height):
+            part = slice(first, first + height)
+            own = part if len(scale) > 1 else slice(None)
+            its_zero = None if zero is None else zero[own]
+            scaled = rows[part] / scale[own]
+            torch.mul(self.grid.nearest(scaled, its_zero, fmt), scale[own], out=back[part])
+        return from_rows(back, tuple(weight.shape), channel_axis)
+
+    def dequantize(self, stored: StoredWeight) -> torch.Tensor:
+        """Return the float32 weight that codes stand for."""
+        zero = None if stored.zero_points is None else stored.zero_points.float()
+        levels = self.grid.levels(stored.codes, zero, stored.fmt)
+        return from_rows(levels * stored.scales, stored.shape, stored.channel_axis)
+
+    def clip_factor(
+        self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0
+    ) -> torch.Tensor:
+        """Return the factor of each row with the least squared rounding error ("MSE clip").
+
+        The range is shrunk by 9 factors from 1.0 to 0.2, then four rounds look on both sides of
+        the best at half the distance. Shape (rows, 1).
+        """
+        fmt.num_scales(tuple(weight.shape), channel_axis)
+        rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
+        height = max(1, 2 * _BLOCK // max(1, rows.shape[1]))
+        parts = [self._least_error(part, fmt) for part in torch.split(rows, height)]
+        return torch.cat(parts)
+
+    def _least_error(self, rows: torch.Tensor, fmt: Format) -> torch.Tensor:
+        factor = rows.new_ones(len(rows), 1)
+        error = torch.full_like(factor, torch.inf)
+
+        def look(tried: torch.Tensor) -> None:
+            nonlocal factor, error
+            scale, zero, _ = self.grid.scales(rows, fmt, tried)
+            off = self.grid.nearest(rows / scale, zero, fmt).mul(scale).sub_(rows)
+            tried_error = off.square_().sum(1, keepdim=True)
+            better = tried_error < error
+            factor = torch.where(better, tried, factor)
+            error = torch.where(better, tried_error, error)
+
+        step = 0.1
+        for number in range(9):
+            look(torch.full_like(factor, 1.0 - number * step))
+        for _ in range(4):
+            step /= 2
+            centre = factor
+            look(centre - step)
+            look((centre + step).clamp_max(1.0))
+        return factor
+
+    def pack(self, stored: StoredWeight) -> dict[str, torch.Tensor]:
+        """Return the arrays of a file: codes, scales, zero points."""
+        fmt = stored.fmt
+        codes = stored.codes - self.grid.lowest_code(fmt)
+        arrays = {"codes": to_stream(codes, fmt.bits), **self.grid.pack_scales(stored)}
+        if stored.zero_points is not None:
+            arrays["zero_points"] = to_stream(stored.zero_points, fmt.bits)
+        return arrays
+
+    def unpack(
+        self,
+        arrays: dict[str, torch.Tensor],
+        fmt: Format,
+        shape: tuple[int, ...],
+        channel_axis: ChannelAxis = 0,
+    ) -> StoredWeight:
+        """Return the stored weight of the arrays of a file; inverse of `pack`."""
+        count = torch.Size(shape).numel()
+        scales = self.grid.unpack_scales(arrays, fmt)
+        codes = from_stream(arrays["codes"], fmt.bits, count) + self.grid.lowest_code(fmt)
+        zero = None
+        if "zero_points" in arrays:
+            zero = from_stream(arrays["zero_points"], fmt.bits, len(scales.scale)).reshape(-1, 1)
+        rows = fmt.num_scales(shape, channel_axis)
+        extra = {} if scales.shared is None else {"tensor_scale": scales.shared}
+        codes = codes.reshape(rows, -1)
+        return StoredWeight(codes, scales.scale, zero, fmt, shape, channel_axis, extra)
