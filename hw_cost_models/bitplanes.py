@@ -86,9 +86,9 @@ class BitPlanes:
                 return math.nan
             return self.seconds(layer, scheme)
 
-        named, units = graph.by_name, {unit.name: unit.layers for unit in graph.units}
+        units = graph.kernels
         for unit, scheme in cells:
             for layer in units[unit]:
-                if reason := self.why_not(named[layer], scheme):
-                    raise InvalidInputError("no_kernel", f"layer {layer!r}: {reason}")
+                if reason := self.why_not(layer, scheme):
+                    raise InvalidInputError("no_kernel", f"layer {layer.name!r}: {reason}")
         return per_layer_table(self.name, "s", graph, cells, cost, self.provenance)

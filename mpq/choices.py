@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from hw_cost_models.kv_cache import cached_bytes
 from mpq.core.errors import InvalidInputError, MpqWarning
-from mpq.core.formats import Format, PerChannel, Scheme, parse_scheme
+from mpq.core.formats import FP32, Format, PerChannel, Scheme, parse_format, parse_scheme
 from mpq.core.jobs import OnIndivisible
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.patterns import matching
@@ -54,6 +55,7 @@ def make_cells(
     """
     pinned = _pinned(graph, pins or {})
     layers = graph.by_name
+    apart = {layer.source for layer in graph.apart if layer.is_input}
     choices = []
     for unit in graph.units:
         members = [layers[name] for name in unit.layers]
@@ -69,7 +71,9 @@ def make_cells(
             allowed = _divided(unit, members, allowed)
         for layer in members:
             for scheme in allowed:
-                _check_storable(layer, scheme)
+                _check_apart(layer, scheme, layer.name in apart)
+                if not layer.source:
+                    _check_storable(layer, scheme)
         if not allowed:
             raise InvalidInputError("no_choices", f"no scheme fits all layers of {unit.name!r}")
         choices.append(tuple(allowed))
@@ -79,15 +83,40 @@ def make_cells(
 def _pinned(graph: LayerGraph, pins: Mapping[str, str | Scheme]) -> dict[str, Scheme]:
     searched = [name for unit in graph.units for name in unit.layers]
     exact_last = sorted(pins.items(), key=lambda pin: pin[0] in searched)  # a name beats a pattern
+    layers = graph.by_name
     return {
-        name: parse_scheme(scheme)  # type: ignore[arg-type]
+        name: pinned_scheme(layers[name], scheme)
         for pattern, scheme in exact_last
         for name in matching("pin", pattern, searched)
     }
 
 
+def pinned_scheme(layer: Layer, scheme: str | Scheme) -> Scheme:
+    """Return the scheme that a layer is pinned to; "int8" of an input is its activations."""
+    if layer.is_input and isinstance(scheme, str) and ":" not in scheme:
+        return Scheme(FP32, parse_format(scheme, "activations"))
+    return parse_scheme(scheme)  # type: ignore[arg-type]
+
+
 def _common(lists: Sequence[Sequence[Scheme]]) -> list[Scheme]:
     return [s for s in dict.fromkeys(lists[0]) if all(s in other for other in lists)]
+
+
+def _check_apart(layer: Layer, scheme: Scheme, reads_apart: bool) -> None:
+    if layer.is_cache:
+        cached_bytes(layer, scheme.weights)
+    wrong = ""
+    if layer.is_input and scheme.weights != FP32:
+        wrong = f"{layer.name!r} is the input of a layer: write fp32:int8, or int8 in a pin"
+    if layer.is_cache and not scheme.activations.is_native:
+        wrong = f"{layer.name!r} is a KV cache: write one format, such as int8"
+    if reads_apart and not scheme.activations.is_native:
+        wrong = (
+            f"activations are searched apart from weights: pin {layer.name!r} to "
+            f"{Scheme(scheme.weights)} and '{layer.name}.input' to the other"
+        )
+    if wrong:
+        raise InvalidInputError("scheme", f"{scheme} cannot be taken, {wrong}")
 
 
 def _divided(unit: Unit, layers: Sequence[Layer], schemes: Sequence[Scheme]) -> list[Scheme]:

@@ -108,12 +108,9 @@ def import_allocation(
             "import", f"{path} names layer {other[0]!r}, which the network does not have"
         )
     layers = graph.by_name
+    searched = [n for u in graph.units for n in u.layers if not layers[n].is_input]
     return Allocation(
-        {
-            name: found.get(name.removeprefix(strip), as_it_is(layers[name]))
-            for unit in graph.units
-            for name in unit.layers
-        }
+        graph.expanded({n: found.get(n.removeprefix(strip), as_it_is(layers[n])) for n in searched})
     )
 
 

@@ -12,6 +12,7 @@ from mpq.core.layers import Layer
 from mpq.core.protocols import Exporter
 from mpq.nn.units import fused_siblings
 
+_NO_CACHES = "says nothing of KV caches in its file: search without kv_cache, or pin caches"
 GROUPS = (16, 32, 64, 128, 256)
 
 
@@ -84,6 +85,9 @@ def refuse_native(layer: Layer, scheme: Scheme) -> str:
 
 
 def _refusal(exporter: Exporter, layer: Layer, scheme: Scheme) -> str:
+    if layer.is_cache:
+        own = scheme.weights.is_native or exporter.name == "mpq"
+        return "" if own else _NO_CACHES
     try:
         scheme.weights.num_scales(layer.weight_shape, layer.channel_axis)
     except InvalidInputError as error:
