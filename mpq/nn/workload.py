@@ -29,7 +29,7 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Workload:
     """A network with its calibration and held-out batches and what may be chosen for it.
 
-    `key` names the network, its data and everything else scores depend on, except the batch,
+    `data` tells where the calibration batches came from. `key` names the network, its data and everything else scores depend on, except the batch,
     which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
     batch memory allows at once (None: all), on which no result depends but for the order of sums.
     """
@@ -50,6 +50,7 @@ class Workload:
     key: str = ""
     batch_keys: tuple[str, ...] = ()
     held_out_keys: tuple[str, ...] = ()
+    data: str = ""
 
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
         """Return the scheme of each layer under an allocation of units."""

@@ -15,8 +15,9 @@ class RunRecord:
     """One run; moments are in UTC.
 
     `started_at` is when it first ran and `ended_at` when it last stopped running; a resumed
-    run has none, and no error, until it stops again. `has_graph` tells whether
-    `Store.graph` has an answer.
+    run has none, and no error, until it stops again. `calibration_data` and `held_out_data` tell
+    which batches it was searched on and judged on, "" where nobody knows or there are none.
+    `has_graph` tells whether `Store.graph` has an answer.
     """
 
     id: str
@@ -30,6 +31,8 @@ class RunRecord:
     ended_at: datetime | None = None
     error_code: str | None = None
     error_message: str | None = None
+    calibration_data: str = ""
+    held_out_data: str = ""
     has_graph: bool = False
 
 
