@@ -35,6 +35,12 @@ class RunRecord:
     held_out_data: str = ""
     has_graph: bool = False
 
+    @property
+    def data(self) -> dict[str, str]:
+        """What is known of the batches of each split."""
+        found = {"calibration": self.calibration_data, "held_out": self.held_out_data}
+        return {split: told for split, told in found.items() if told}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:

@@ -59,6 +59,7 @@ def genie(
     and std 1 over a batch, in the dtype of `sample`. Costs a forward and a backward pass of the
     network and of a small generator a step. Raises InvalidInputError (`sample`) for other shapes.
     """
+    statistics = NormStatistics(model, "genie", per_sample=False)
     given = FloatInput.of(model, sample, "genie")
     _check_shape(given.shape)
     sizes = batch_sizes(samples, batch)
@@ -67,7 +68,6 @@ def genie(
             "data_option", "genie: a batch of one sample has no statistics: change samples or batch"
         )
     generator = torch.Generator().manual_seed(seed)
-    statistics = NormStatistics(model, "genie", per_sample=False)
     made, first, last = [], 0.0, 0.0
     with evaluating(model, seed), frozen(model), statistics:
         for size in sizes:

@@ -37,9 +37,9 @@ def zeroq(
     unbounded floating point, as a normalised image is, in the dtype and shape of `sample`; any
     number of axes. Costs a forward and a backward pass a step.
     """
+    statistics = NormStatistics(model, "zeroq", per_sample=bool(per_sample))
     given = FloatInput.of(model, sample, "zeroq")
     generator = torch.Generator().manual_seed(seed)
-    statistics = NormStatistics(model, "zeroq", per_sample=bool(per_sample))
     made, first, last, taken = [], 0.0, 0.0, 0
     with evaluating(model, seed), frozen(model), statistics:
         for size in batch_sizes(samples, batch):
