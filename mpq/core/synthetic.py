@@ -26,8 +26,9 @@ class Synthetic:
     """A source of synthetic data (a key of `SOURCES`) and every option of it.
 
     `samples` in batches of at most `batch`; `steps` of optimisation for each batch; `per_sample`
-    0: statistics of whole batches, not as published; `seed` None: that of the job. Raises InvalidInputError for unknown names, with the nearest match, and for
-    what is no whole number in range.
+    0: statistics of whole batches, not as published; `seed` None: that of the job. Raises
+    InvalidInputError for unknown names, with the nearest match, and for what is no whole number in
+    range.
     """
 
     source: str
@@ -73,7 +74,8 @@ class Synthetic:
             option = _OPTION.fullmatch(part)
             if option is None or option[1] in options:
                 raise InvalidInputError(
-                    "data_option", f"{_written()}, each once; got {part.strip()[:100]!r} in {text!r}"
+                    "data_option",
+                    f"{_written()}, each once; got {part.strip()[:100]!r} in {text!r}",
                 )
             options[option[1]] = int(option[2])
         if not end or after.strip():

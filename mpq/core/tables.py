@@ -200,9 +200,7 @@ class SensitivityTable:
 
     def restrict(self, cells: Cells, numbers: Indices) -> SensitivityTable:
         """Return the table over fewer cells (see `Cells.restrict`)."""
-        return replace(
-            self, cells=cells, values=self.values[numbers], stderr=self.stderr[numbers]
-        )
+        return replace(self, cells=cells, values=self.values[numbers], stderr=self.stderr[numbers])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

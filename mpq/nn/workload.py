@@ -29,9 +29,10 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 class Workload:
     """A network with its calibration and held-out batches and what may be chosen for it.
 
-    `data` tells where the calibration batches came from. `key` names the network, its data and everything else scores depend on, except the batch,
+    `key` names the network, its data and everything else scores depend on, except the batch,
     which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
     batch memory allows at once (None: all), on which no result depends but for the order of sums.
+    `data` tells where the calibration batches came from.
     """
 
     model: nn.Module

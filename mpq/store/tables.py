@@ -86,7 +86,8 @@ def sensitivity(
         cells=read((row[0], row[1]) for row in rows),
         values=numbers[:, 0],
         stderr=numbers[:, 1],
-        data=session.scalars(select(RunRow.calibration_data).where(RunRow.id == run_id)).one() or "",
+        data=session.scalars(select(RunRow.calibration_data).where(RunRow.id == run_id)).one()
+        or "",
     )
 
 

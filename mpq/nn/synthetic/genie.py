@@ -74,7 +74,7 @@ def genie(
             found, losses = _trained(model, statistics, given, size, steps, generator)
             made.append(given.batch(found))
             first, last = first + losses[0], last + losses[-1]
-    told = f"batch norm distance {first / len(made):.3g} -> {last / len(made):.3g}, {steps} steps"
+    told = f"batch norm distance {first / len(made):.3g} to {last / len(made):.3g} in {steps} steps"
     return Made(tuple(made), told)
 
 
@@ -111,7 +111,7 @@ def _trained(
             losses.append(float(distance.detach()))
             of_latent.zero_grad()
             of_network.zero_grad()
-            distance.backward()
+            torch.autograd.backward(distance)
             of_latent.step()
             of_network.step()
             plateau.step(losses[-1])

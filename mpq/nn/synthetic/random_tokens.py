@@ -79,7 +79,9 @@ def _special(config: Any) -> Iterable[int]:
     """Return the tokens that a config names: `pad_token_id`, `eos_token_id`, ..."""
     for name in dir(config):
         value = getattr(config, name, None) if name.endswith("_token_id") else None
-        yield from value if isinstance(value, list | tuple) else [value] if value is not None else []
+        yield from (
+            value if isinstance(value, list | tuple) else [value] if value is not None else []
+        )
 
 
 def _embedded(model: nn.Module, sample: Batch, tokens: torch.Tensor) -> int:

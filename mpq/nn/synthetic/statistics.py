@@ -62,7 +62,8 @@ class NormStatistics:
         return torch.stack([own, *self._terms]).sum()
 
     def _seen(self, norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
         assert norm.running_var is not None
         sigma = (norm.running_var + _EPSILON).sqrt()
         found = _distance(args[0], norm.running_mean, sigma, per_sample=self._per_sample)

@@ -47,7 +47,7 @@ def zeroq(
             found, losses = _distilled(statistics, given, values, steps)
             made.append(given.batch(found))
             first, last, taken = first + losses[0], last + min(losses), taken + len(losses) - 1
-    told = f"batch norm distance {first / len(made):.3g} -> {last / len(made):.3g}, {taken} steps"
+    told = f"batch norm distance {first / len(made):.3g} to {last / len(made):.3g} in {taken} steps"
     return Made(tuple(made), told)
 
 
