@@ -40,6 +40,7 @@ def timestep_weights(features: Sequence[np.ndarray], balance: float, radius: flo
 
     def scaled(values: list[float]) -> list[float]:
         low, high = min(values), max(values)
-        return [(v - low) / (high - low) if high > low else 0.0 for v in values]
+        differ = high - low > 1e-12 * len(values)  # more than sums of equal terms do
+        return [(v - low) / (high - low) if differ else 0.0 for v in values]
 
     return [d + balance * v for d, v in zip(scaled(density), scaled(diversity), strict=True)]
