@@ -52,7 +52,8 @@ def timestep_calibration(
     `trajectories` is `sample_loop(model)`, which samples some images and is recorded
     (`record_steps`), or what was recorded. "uniform" takes equally many samples at each
     `every`-th step (default: at most eight steps), as many as `samples` allows (Q-Diffusion);
-    "density_diversity" exactly `samples`, more where the `feature`, a module such as the middle block, stands for many other
+    "density_diversity" exactly `samples`, more where the `feature`, a module such as the middle
+    block, stands for many other
     steps or is unlike them (EDA-DM; `balance`, `radius`). Which samples of a step is drawn by
     `seed`, without repeating. `mpq.search(model, found.batches, ...)` takes the batches. Raises
     InvalidInputError (`timestep`) where a step has fewer samples than its count.
