@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpq.apart import graph_with_caches, kv_caches, without_caches
 from mpq.choices import make_cells
 from mpq.core.errors import InvalidInputError, MpqWarning, unknown
 from mpq.core.formats import Scheme
@@ -111,9 +112,16 @@ def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
     sample = sample_of(given)
     with evaluating(given.model), torch.no_grad():
         checked_call(given.model, sample, "the sample", finite=False)
-    return build_graph(
-        given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
+    caches = kv_caches(spec, given.model, sample)
+    graph = build_graph(
+        given.model,
+        sample,
+        skip=without_caches(spec.skip, caches, given.model),
+        groups=spec.groups,
+        embeddings=spec.embeddings,
+        inputs=spec.activations == "apart",
     )
+    return graph_with_caches(graph, caches, spec.skip)
 
 
 def served_of(spec: JobSpec, given: Given, graph: LayerGraph) -> dict[str, Served]:
@@ -128,7 +136,7 @@ def make_workload(
     schemes: Callable[[Layer], Sequence[Scheme]],
 ) -> Workload:
     """Put model, data and choices together; the key covers all that scores depend on."""
-    cells = make_cells(graph, schemes, spec.pin)
+    cells = make_cells(graph, schemes, spec.pin, spec.on_indivisible)
     with evaluating(given.model), torch.no_grad():
         output = checked_call(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
     if output.shape[:1] != (1,):
@@ -156,6 +164,7 @@ def make_workload(
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
+        *[layer.weight_shape[1] for layer in graph.apart if layer.is_cache],
         output_digest(output),
         graph.input_ranges,
         divergence.kind,

@@ -93,7 +93,8 @@ def allocation_table(store: Store, run_id: str) -> DataTable:
         for unit in graph.units
         for layer in unit.layers
     ]
-    elements = [math.prod(graph.by_name[row[0]].weight_shape) for row in rows]
+    layers = [graph.by_name[row[0]] for row in rows]
+    elements = [0 if layer.source else layer.num_weights for layer in layers]
     columns = (
         Column("run", "text", [run_id] * len(rows)),
         Column("layer", "text", [row[0] for row in rows]),

@@ -48,7 +48,11 @@ _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("sample", "loss", "profiles", "quality", "quality_groups"),
     ),
     ("Budgets", ("budgets", "limits", "minimise"), ("risk",)),
-    ("Choices", ("schemes", "hardware", "skip", "pin"), ("embeddings", "groups", "clip")),
+    (
+        "Choices",
+        ("schemes", "hardware", "skip", "pin"),
+        ("embeddings", "groups", "clip", "on_indivisible"),
+    ),
     ("How", ("metric", "solver", "divergence"), ()),  # and every key that is nowhere else
 )
 # Key: label, what it means, an example.
@@ -123,6 +127,7 @@ _WORDS: dict[str, tuple[str, str, str]] = {
         '[["layer.a", "layer.b"]]',
     ),
     "clip": ("Range of weights", "how it is cut", ""),
+    "on_indivisible": ("Groups that do not divide", "refused, or a scale for each channel", ""),
     "metric": ("Metric", "what scores layers", ""),
     "solver": ("Solver", "what chooses", ""),
     "divergence": ("Divergence", "how outputs are compared", ""),

@@ -16,8 +16,9 @@ from torch import nn
 from mpq.artifacts import restored
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.formats import Scheme, native_scheme
 from mpq.core.latency import KernelLatency
-from mpq.core.layers import LayerGraph
+from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.live import is_live
 from mpq.core.profiles import Profile
 from mpq.core.synthetic import is_synthetic
@@ -80,8 +81,9 @@ def deploy(
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
-    schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
-    exported = runtime.export(network.model, result.graph, network.sample)
+    graph = result.graph.without_apart
+    schemes, quantizer = _schemes(result, target), WeightQuantizer(spec.clip)
+    exported = runtime.export(network.model, graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
     searched = partial(quantized, schemes=schemes, quantizer=quantizer)
     outputs = _outputs(network, written, partial(searched, limits=result.graph.input_ranges))
@@ -89,7 +91,7 @@ def deploy(
     path = Path(path)
     path.write_bytes(written.serialized)
     shape = describe(network.sample)
-    stored = read_bytes(result.graph, schemes), read_bytes(result.graph, {})
+    stored = read_bytes(graph, schemes), read_bytes(graph, {})
     mixed, fp32 = time_networks(
         runtime,
         {
@@ -104,7 +106,7 @@ def deploy(
     deployed = InRuntime(
         target=runtime,
         model=network.model,
-        graph=result.graph,
+        graph=graph,
         mixed=written,
         fp32=exported.fp32,
         schemes=schemes,
@@ -143,7 +145,7 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
     if source is None:
         raise _missing("model", spec.model)
     network = load_model(source)
-    _check_searched(network, result.graph)
+    _check_searched(network, result.graph.without_apart)
     served = load_batches(_or_kept(result, sample, spec.sample), "sample")
     found = _or_kept(result, calibration, spec.calibration)
     data = Data()
@@ -167,6 +169,21 @@ def _missing(what: str, kept: str) -> InvalidInputError:
     return InvalidInputError(
         what, f"the run's {what} was an object, {kept}, which is not kept: pass {what}=..."
     )
+
+
+def _schemes(result: SearchResult, target: str) -> dict[LayerName, Scheme]:
+    """Return the schemes of layers; raises InvalidInputError where a KV cache is quantized."""
+    layers, found = result.graph.by_name, {}
+    for name, scheme in result.allocation.items():
+        if not layers[name].is_cache:
+            found[name] = scheme
+        elif not scheme.is_native:
+            raise InvalidInputError(
+                "deploy",
+                f"cache {name!r} is {scheme}: target {target!r} runs a network that keeps no KV "
+                f"cache; pin caches to {native_scheme(layers[name].native_family)}",
+            )
+    return found
 
 
 def _check_searched(model: nn.Module, graph: LayerGraph) -> None:
