@@ -56,6 +56,8 @@ def dry_run(spec: JobSpec, store: Store) -> DryRun:
         evaluate=spec.evaluate,
         quality=spec.quality,
         profiles=spec.profiles,
+        seed=spec.seed,
+        trial=True,
     )
     graph = graph_of(spec, given)
     beside = partial(bytes_beside, model=given.model, sample=sample_of(given))

@@ -27,6 +27,7 @@ from mpq.core.profiles import Profile, given_profiles
 from mpq.core.protocols import Executor, Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
+from mpq.data import warn_if_unchecked
 from mpq.decoupled import check_groups, decoupled
 from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
@@ -105,7 +106,8 @@ def search(
     """Choose a scheme for every layer under all budgets, measure it, and keep everything.
 
     `model` is an nn.Module, "package.module:factory" or a Hugging Face directory; `calibration`
-    and `held_out` are lists of batches or entry points of functions that return them; `sample`
+    and `held_out` are lists of batches, entry points of functions that return them or synthetic
+    data: "zeroq", "genie(samples=128)", "random_tokens" (mpq.core.synthetic); `sample`
     is one batch of the shape that will be served (default: one calibration sample), which MACs
     and latency are for. `profiles` such as {"prefill": Profile(tokens=512), "decode":
     Profile(tokens=1, weight=64.0)} are the shapes of a network that is served in several: each
@@ -198,6 +200,7 @@ def search(
         evaluate=evaluate,
         quality=quality,
         profiles=profiles,
+        seed=seed,
     )
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     return run(spec, given, open_store(storage), listener)
@@ -212,7 +215,7 @@ def run_job(
 ) -> SearchResult:
     """Run a job whose parts are kept or entry points, here; `run_id` is a run that we drive."""
     store = open_store(storage)
-    given = load(**parts_of(store, spec))
+    given = load(**parts_of(store, spec), seed=spec.seed)
     progress = progress or Silent()
     return run(spec, given, store, progress, run_id=run_id, executor=executor)
 
@@ -253,6 +256,8 @@ def run(
             stack.enter_context(driving(store, run_id))
         stack.callback(keep, store, run_id)
         store.start_run(run_id, hardware.device)
+        store.put_data(run_id, given.calibration_data, given.held_out_data)
+        warn_if_unchecked(given.calibration_data, given.held_out_data)
         try:
             prepared = prepare(
                 budgets,

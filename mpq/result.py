@@ -281,6 +281,7 @@ class SearchResult:
                 "name": record.name,
                 "model": record.spec.model,
                 "metric": self.problem.sensitivity.metric,
+                "calibration_data": record.calibration_data or None,
                 "clip": record.spec.clip,
                 "solver": solution.solver,
                 "status": str(solution.status),
@@ -327,6 +328,11 @@ class SearchResult:
 
         given = {"model": model, "calibration": calibration, "sample": sample}
         return deploy(self, target, path, profiles=profiles, seconds=seconds, **given)
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        """Where the "calibration" and "held_out" batches came from, and which they were."""
+        return self.store.run(self.run_id).data
 
     @property
     def deployments(self) -> list[Deployment]:

@@ -44,6 +44,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(Text(view["error"], "red"))
     if view["graph"]:
         console.print(_coverage_line(store.graph(run_id)))
+    for split, told in view["data"].items():
+        console.print(Text(f"{split.replace('_', '-')} data {told}"))
     if not view["chosen"]:
         return
     result = SearchResult(store, run_id)
@@ -78,6 +80,7 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         "state": str(record.state),
         "error": record.error_message,
         "device": record.device,
+        "data": record.data,
         "graph": None
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},

@@ -12,6 +12,7 @@ from typing import Literal
 from mpq.core.errors import InvalidInputError
 from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
+from mpq.core.synthetic import SYNTHESISED, Synthetic, is_synthetic
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
@@ -28,7 +29,8 @@ class JobSpec:
     `version` is that of this record, `name` what a person calls the run. `model` is called
     without arguments and returns the network, "package.module:factory@weights.safetensors" with
     the weights of a file, or is a Hugging Face directory or id "hf:name"; `calibration` and
-    `held_out` return lists of batches; `sample` one batch of the shape that will be served
+    `held_out` return lists of batches, or ask for synthetic ones, "zeroq" or "genie(samples=128)"
+    (mpq.core.synthetic); `sample` one batch of the shape that will be served
     (default: the first calibration sample alone), which MACs, memory while running and latency
     are for; each of these may be "artifact:<digest>", an object that the database keeps.
     `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
@@ -144,6 +146,9 @@ class JobSpec:
                 "job_value",
                 f"ray_address {self.ray_address!r} is for executor 'ray', got {self.executor!r}",
             )
+        for name in SYNTHESISED:
+            if is_synthetic(asked := getattr(self, name)):
+                Synthetic.parse(asked)
         self._check_worker_resources()
         if self.risk is not None:
             check_risk(self.risk, "job_value")

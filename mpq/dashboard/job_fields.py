@@ -65,7 +65,8 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "calibration": (
         "Calibration batches",
-        "entry point of a function that returns a list of batches",
+        "entry point of a function that returns a list of batches; where there are none: "
+        "zeroq, genie (both need a sample) or random_tokens",
         "package.module:calibration_batches",
     ),
     "held_out": (

@@ -21,13 +21,15 @@ from mpq.core.latency import KernelLatency
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.live import is_live
 from mpq.core.profiles import Profile
+from mpq.core.synthetic import is_synthetic
+from mpq.data import Data, load_data
 from mpq.deploy.network import relative
 from mpq.deploy.profile_times import InRuntime, batches_of, predicted_s, profile_of, profile_times
 from mpq.deploy.target import Array, Target, Written, get_target
 from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
-from mpq.nn.batches import Batch, call, check_batches, cut, describe
+from mpq.nn.batches import Batch, call, cut, describe
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
@@ -144,9 +146,12 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
         raise _missing("model", spec.model)
     network = load_model(source)
     _check_searched(network, result.graph.without_apart)
-    found = load_batches(_or_kept(result, calibration, spec.calibration), "calibration")
-    batches = () if found is None else check_batches("calibration", found)
     served = load_batches(_or_kept(result, sample, spec.sample), "sample")
+    found = _or_kept(result, calibration, spec.calibration)
+    data = Data()
+    if found is not None and not (is_synthetic(found) and served is None and spec.sample):
+        data = load_data(found, "calibration", network, served, seed=spec.seed)
+    batches = data.batches
     if served is None and spec.sample is not None:
         raise _missing("sample", spec.sample)
     if served is None and not batches:

@@ -32,6 +32,7 @@ class Workload:
     `key` names the network, its data and everything else scores depend on, except the batch,
     which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
     batch memory allows at once (None: all), on which no result depends but for the order of sums.
+    `data` tells where the calibration batches came from.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Workload:
     key: str = ""
     batch_keys: tuple[str, ...] = ()
     held_out_keys: tuple[str, ...] = ()
+    data: str = ""
 
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
         """Return the scheme that each layer and cache runs in under an allocation of units."""
