@@ -23,8 +23,6 @@ from mpq.nn.quantizers.rows import from_rows, rows_of
 from mpq.nn.quantizers.sorted_rows import SortedRows
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
-_BLOCK = 2**20  # elements fitted at once
-_IN_CACHE = 2**15  # elements
 _FITS = 8
 _STARTS = ((2.0, -1.0), (1.0, -2.0), (2 / 3, 4 / 3), (-2 / 3, -4 / 3))
 
@@ -56,6 +54,8 @@ class Signs(HalfScales):
 class _Planes:
     """Bits of several planes, each with a scale of its own in each row."""
 
+    block = 2**20  # elements fitted at once
+
     def fake_quantize(
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
     ) -> torch.Tensor:
@@ -74,7 +74,7 @@ class _Planes:
         shape = tuple(weight.shape)
         fmt.num_scales(shape, channel_axis)  # refuses groups that do not divide
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
-        height = max(1, _BLOCK // max(1, rows.shape[1]))
+        height = max(1, self.block // max(1, rows.shape[1]))
         fits = [self.fit(part, fmt.bits) for part in torch.split(rows, height)]
         codes, scales = (torch.cat(parts) for parts in zip(*fits, strict=True))
         return StoredWeight(codes, scales, None, fmt, shape, channel_axis)
@@ -109,6 +109,8 @@ class _Planes:
 class ResidualBinary(_Planes):
     """Planes of signs, each of what the planes before it leave."""
 
+    block = 2**15  # stays in the cache
+
     def fake_quantize(
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
     ) -> torch.Tensor:
@@ -116,7 +118,7 @@ class ResidualBinary(_Planes):
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         back = torch.zeros_like(rows)
-        height = max(1, _IN_CACHE // max(1, rows.shape[1]))
+        height = max(1, self.block // max(1, rows.shape[1]))
         for some, its_back in zip(
             torch.split(rows, height), torch.split(back, height), strict=True
         ):
@@ -220,6 +222,6 @@ def _power_of_two(rows: torch.Tensor) -> torch.Tensor:
     return torch.exp2(largest.log2().floor())
 
 
-BINARY = OnGrid(Signs())
+BINARY = OnGrid(Signs(), shares=True)  # sums of rows depend on how many there are
 RESIDUAL_BINARY = ResidualBinary()
 DUAL_BINARY = DualBinary()

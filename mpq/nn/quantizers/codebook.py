@@ -76,8 +76,7 @@ class Codebook:
 
     def scales(self, rows: torch.Tensor, fmt: Format, factor: Factor = 1.0) -> Scales:
         """Return max|w|, as half or as quantized scales read back."""
-        low, high = rows.aminmax(dim=1, keepdim=True)
-        largest = torch.maximum(-low, high) * factor
+        largest = rows.abs().amax(1, keepdim=True) * factor
         if fmt.variant == "double":
             return self._double.scales(largest)
         return Scales(as_half(largest))
@@ -146,5 +145,5 @@ def _boundary(low: float, high: float, symmetric: bool) -> float:
     return float(found)
 
 
-NORMAL_FLOATS = OnGrid(Codebook(NF4, symmetric=False))
-BITSANDBYTES_FLOATS = OnGrid(Codebook(BNB4, symmetric=True))
+NORMAL_FLOATS = OnGrid(Codebook(NF4, symmetric=False), shares=True)
+BITSANDBYTES_FLOATS = OnGrid(Codebook(BNB4, symmetric=True), shares=True)

@@ -93,11 +93,11 @@ UNSIGNED = OnGrid(UnsignedIntegers())
 
 
 def _range(rows: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = rows.aminmax(dim=1, keepdim=True)
     if fmt.symmetric:
-        largest = torch.maximum(-low, high)
+        largest = rows.abs().amax(1, keepdim=True)
         return -largest, largest
-    return low.clamp_max(0.0), high.clamp_min(0.0)
+    # not aminmax, which is ten times as slow as both on one thread
+    return rows.amin(1, keepdim=True).clamp_max(0.0), rows.amax(1, keepdim=True).clamp_min(0.0)
 
 
 def _wide_scale(high: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Format
-from mpq.core.granularity import ChannelAxis, matrix_of
+from mpq.core.granularity import ChannelAxis
 from mpq.nn.quantizers.family import Factor, Family
 from mpq.nn.quantizers.rows import channels_of, from_rows
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
@@ -40,7 +39,7 @@ class LowRankBranch:
 
         Raises InvalidInputError (`rank`) for a rank above that of the weight.
         """
-        check_rank(fmt, tuple(weight.shape), channel_axis)
+        fmt.parts(tuple(weight.shape), channel_axis)  # refuses a rank above that of the weight
         matrix = channels_of(weight.detach().float(), channel_axis)
         inputs = torch.ones(matrix.shape[1], device=matrix.device)
         if data is not None and data.gram is not None:
@@ -86,16 +85,6 @@ class LowRankBranch:
         own = {name: array for name, array in arrays.items() if name not in factors}
         stored = self._family.unpack(own, fmt.low, shape, channel_axis)
         return replace(stored, fmt=fmt, extra={**stored.extra, **factors})
-
-
-def check_rank(fmt: Format, shape: tuple[int, ...], channel_axis: ChannelAxis) -> None:
-    """Raise InvalidInputError (`rank`) where a branch has a higher rank than the weight."""
-    most = min(matrix_of(shape, channel_axis))
-    if fmt.rank > most:
-        raise InvalidInputError(
-            "rank",
-            f"{fmt.text('weights')}: a weight of shape {list(shape)} has rank {most} at most",
-        )
 
 
 def _product(factors: dict[str, torch.Tensor]) -> torch.Tensor:
