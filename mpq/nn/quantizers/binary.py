@@ -36,7 +36,7 @@ class Signs(HalfScales):
 
     def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the signs."""
-        return torch.copysign(torch.ones((), dtype=scaled.dtype), scaled)
+        return torch.copysign(scaled.new_ones(()), scaled)
 
     def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return 1 where the sign is positive."""
@@ -60,7 +60,7 @@ class _Planes:
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
     ) -> torch.Tensor:
         """Return the weight as it reads back, float32."""
-        return self.dequantize(self.store(weight, fmt, channel_axis, factor))
+        return self.dequantize(self.store(weight, fmt, channel_axis)).to(weight.device)
 
     def store(
         self,
@@ -73,7 +73,7 @@ class _Planes:
         """Return bits and scales (rows, planes); `factor` and `data` are not used."""
         shape = tuple(weight.shape)
         fmt.num_scales(shape, channel_axis)  # refuses groups that do not divide
-        rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
+        rows = rows_of(weight.detach().float().cpu(), fmt.granularity, channel_axis)
         height = max(1, self.block // max(1, rows.shape[1]))
         fits = [self.fit(part, fmt.bits) for part in torch.split(rows, height)]
         codes, scales = (torch.cat(parts) for parts in zip(*fits, strict=True))

@@ -56,6 +56,12 @@ class _Table:
     below: torch.Tensor  # (bins,), which of the sorted levels
     levels: torch.Tensor  # (2, bins), the level below and above
 
+    def on(self, device: torch.device) -> _Table:
+        """Return the table on a device."""
+        if device == self.levels.device:
+            return self
+        return _Table(*(t.to(device) for t in (self.boundary, self.below, self.levels)))
+
 
 class Codebook:
     """The grid of a codebook on [-1, 1].
@@ -83,7 +89,7 @@ class Codebook:
 
     def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the nearest levels; exact."""
-        table, bins = self._table, _bins(scaled)
+        table, bins = self._table.on(scaled.device), _bins(scaled)
         shape = scaled.shape
         above = scaled.reshape(-1) > table.boundary.index_select(0, bins)
         low, high = (level.index_select(0, bins) for level in table.levels)
@@ -91,15 +97,15 @@ class Codebook:
 
     def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the codes of levels."""
-        table, bins = self._table, _bins(levels)
+        table, bins = self._table.on(levels.device), _bins(levels)
         above = levels.reshape(-1) > table.boundary.index_select(0, bins)
         places = table.below.index_select(0, bins) + above
-        return self._codes.index_select(0, places).reshape(levels.shape)
+        return self._codes.to(levels.device).index_select(0, places).reshape(levels.shape)
 
     def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the numbers of codes."""
         places = codes.reshape(-1).to(torch.int32)
-        return self._numbers.index_select(0, places).reshape(codes.shape)
+        return self._numbers.to(codes.device).index_select(0, places).reshape(codes.shape)
 
     def lowest_code(self, fmt: Format) -> int:
         """Return 0."""

@@ -57,10 +57,10 @@ class KMeans:
         There are no scales: those of the stored weight are ones. `factor` is not used.
         """
         shape = tuple(weight.shape)
-        rows = channels_of(weight.detach().float(), channel_axis)
+        rows = channels_of(weight.detach().float().cpu(), channel_axis)
         fisher = None
         if data is not None and data.fisher is not None:
-            fisher = channels_of(data.fisher.float(), channel_axis)
+            fisher = channels_of(data.fisher.float().cpu(), channel_axis)
         extra, outlying = {}, None
         if fmt.share:
             size = rows.abs() if fisher is None else rows.abs() * fisher.sqrt()
@@ -111,7 +111,7 @@ class KMeans:
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
     ) -> torch.Tensor:
         """Return the weight as it reads back, float32."""
-        return self.dequantize(self.store(weight, fmt, channel_axis))
+        return self.dequantize(self.store(weight, fmt, channel_axis)).to(weight.device)
 
     def dequantize(self, stored: StoredWeight) -> torch.Tensor:
         """Return the centroid of each code, and outliers in their places."""

@@ -42,11 +42,12 @@ class PartialBinary:
         """Return signs, int8 codes of salient weights and their mask; `factor` is not used."""
         shape = tuple(weight.shape)
         fmt.num_scales(shape, channel_axis)  # refuses groups that do not divide
-        matrix = channels_of(weight.detach().float(), channel_axis)
+        here = weight.detach().float().cpu()
+        matrix = channels_of(here, channel_axis)
         salience = matrix.abs()
         if data is not None and data.gram is not None:
             salience = salience / _inverse_diagonal(data.gram)
-        rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
+        rows = rows_of(here, fmt.granularity, channel_axis)
         mask = largest_of(salience, count_of(fmt.share, matrix.numel())).reshape(rows.shape)
         size = rows.abs()
         others = (~mask).sum(1, keepdim=True).clamp_min(1)
@@ -61,7 +62,7 @@ class PartialBinary:
         self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
     ) -> torch.Tensor:
         """Return the weight as it reads back, float32."""
-        return self.dequantize(self.store(weight, fmt, channel_axis, factor))
+        return self.dequantize(self.store(weight, fmt, channel_axis)).to(weight.device)
 
     def dequantize(self, stored: StoredWeight) -> torch.Tensor:
         """Return the float32 weight that codes stand for."""
@@ -104,7 +105,7 @@ class PartialBinary:
 
 def _inverse_diagonal(gram: torch.Tensor) -> torch.Tensor:
     """Return the diagonal of the upper Cholesky factor of the damped gram's inverse, (inputs,)."""
-    wide = gram.double()
+    wide = gram.cpu().double()
     damping = (_DAMPING * wide.diagonal().mean()).clamp_min(1e-12)
     wide = wide + damping * torch.eye(len(wide), dtype=wide.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))

@@ -6,6 +6,7 @@ the middle two. Five codes lie in a byte.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from mpq.core.formats import Format
@@ -23,7 +24,9 @@ class Ternary(HalfScales):
         """Return mean|w| or median|w|, times `factor`."""
         size = rows.abs()
         if fmt.variant == "median":
-            return Scales(as_half(size.median(dim=1, keepdim=True).values * factor))
+            in_order = np.sort(size.cpu().numpy(), axis=1)  # much faster than a median of torch
+            median = in_order[:, (size.shape[1] - 1) // 2 :][:, :1].copy()
+            return Scales(as_half(torch.from_numpy(median).to(size.device) * factor))
         return Scales(as_half(size.mean(dim=1, keepdim=True) * factor))
 
     def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
