@@ -32,6 +32,7 @@ from mpq.decoupled import check_groups, decoupled
 from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.executing import executor_for
+from mpq.families import within_families
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
@@ -312,6 +313,8 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     else:
         if spec.quality:
             others |= decoupled(workers, problem, spec, run_id).allocations
+        if spec.solver == "auto":
+            others |= within_families(problem)
         with searching(spec, problem, workers, run_id, with_metrics) as solver:
             proposals = propose(problem, solver, others)
         chosen, criterion = choose(

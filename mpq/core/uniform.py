@@ -48,14 +48,18 @@ def uniform_choice(table: CostTable, scheme: Scheme) -> Indices:
     InvalidInputError for another unit that may not take the scheme.
     """
     cells, found = table.cells, []
-    parts = (scheme, Scheme(scheme.weights), Scheme(FP32, scheme.activations))
-    for number, (unit, schemes) in enumerate(zip(cells.units, cells.schemes, strict=True)):
+    kinds, kind_of = _kinds(cells)
+    parts = {_WEIGHTS: scheme, _CACHE: scheme, _INPUT: Scheme(FP32, scheme.activations)}
+    if any(role == _INPUT for role, _ in kinds):
+        parts[_WEIGHTS] = Scheme(scheme.weights)
+    for number, unit in enumerate(cells.units):
         start, stop = int(cells.offsets[number]), int(cells.offsets[number + 1])
-        allowed = parts if _role(unit, schemes) != _CACHE else parts[:1]
-        place = next((schemes.index(part) for part in allowed if part in schemes), None)
-        if place is None and np.ptp(table.values[start:stop]) == 0:
-            place = 0
-        found.append(cells.index((unit, scheme)) if place is None else start + place)
+        role, schemes = kinds[kind_of[number]]
+        free = parts[role] not in schemes and np.ptp(table.values[start:stop]) == 0
+        if len(schemes) == 1 or free:
+            found.append(start)
+        else:
+            found.append(cells.index((unit, parts[role])))
     return np.array(found, np.int64)
 
 

@@ -41,6 +41,7 @@ class Section:
     rare: tuple[Field, ...]
 
 
+_APART = ("kv_cache", "kv_schemes", "activations", "activation_schemes")
 _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "What",
@@ -51,7 +52,7 @@ _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "Choices",
         ("schemes", "hardware", "skip", "pin"),
-        ("embeddings", "groups", "clip", "on_indivisible"),
+        ("embeddings", *_APART, "groups", "clip", "on_indivisible"),
     ),
     ("How", ("metric", "solver", "divergence"), ()),  # and every key that is nowhere else
 )
@@ -121,6 +122,22 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "skip": ("Leave out", "layer names or patterns, one a line", "*.head"),
     "pin": ("Pin", "one 'layer = scheme' a line; layers may be patterns", "lm_head = int8"),
     "embeddings": ("Search embeddings too", "", ""),
+    "kv_cache": (
+        "Search KV caches too",
+        "true: as large as the sample's; or JSON",
+        '{"context": 4096, "batch": 8}',
+    ),
+    "kv_schemes": (
+        "Schemes of caches",
+        "one a line; none: 16 bits, int8, int4 in groups",
+        "bf16\nint8\nint4g32",
+    ),
+    "activations": ("Activations", "tied: a scheme has them; apart: searched by themselves", ""),
+    "activation_schemes": (
+        "Schemes of inputs",
+        "where apart; one a line; none: fp32, int8, int6, int4",
+        "fp32\nint8",
+    ),
     "groups": (
         "Units",
         "auto, none, or further groups of layers as JSON",
