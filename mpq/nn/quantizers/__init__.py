@@ -17,8 +17,15 @@ from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.activations import fake_quantize_activation
+from mpq.nn.quantizers.bfp import BLOCK_FLOATING_POINT
+from mpq.nn.quantizers.bipolar import BIPOLAR
+from mpq.nn.quantizers.fixed import FIXED
 from mpq.nn.quantizers.grid import Factor, OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
+from mpq.nn.quantizers.minifloat import MINIFLOATS
+from mpq.nn.quantizers.mx import MICROSCALING
+from mpq.nn.quantizers.nvfp4 import NVFP4
+from mpq.nn.quantizers.reordered import Reordered
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 QUANTIZER_VERSION = 2  # part of every content key: raise it when a format stores other values
@@ -60,15 +67,22 @@ class Family(Protocol):
         """Return the stored weight of the arrays of a file; inverse of `pack`."""
 
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, Family] = {  # by family, or family and variant
     "int": INTEGERS,
     "uint": UNSIGNED,
+    "fixed": FIXED,
+    "bipolar": BIPOLAR,
+    "float": MINIFLOATS,
+    "mx": MICROSCALING,
+    "nvfp4": NVFP4,
+    "bfp": BLOCK_FLOATING_POINT,
+    "bfp reordered": Reordered(BLOCK_FLOATING_POINT),
 }
 
 
 def family_of(fmt: Format) -> Family:
     """Return what stores weights in a format."""
-    return FAMILIES[fmt.family]
+    return FAMILIES.get(f"{fmt.family} {fmt.variant}") or FAMILIES[fmt.family]
 
 
 def grid_of(fmt: Format) -> OnGrid | None:

@@ -75,9 +75,13 @@ class HalfScales:
 
 @dataclass(frozen=True, slots=True)
 class OnGrid:
-    """A family whose weights are on a grid."""
+    """A family whose weights are on a grid.
+
+    `rows_share`: the scales of rows depend on all rows, so that rows cannot be looked at in parts.
+    """
 
     grid: Grid
+    rows_share: bool = False
 
     def store(
         self,
@@ -147,6 +151,8 @@ class OnGrid:
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         height = max(1, 2 * _BLOCK // max(1, rows.shape[1]))
+        if self.rows_share:
+            height = max(1, len(rows))
         parts = [self._least_error(part, fmt) for part in torch.split(rows, height)]
         return torch.cat(parts)
 
