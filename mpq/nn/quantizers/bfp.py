@@ -34,7 +34,7 @@ class FractionElements:
 
     def lowest_code(self, fmt: Format) -> int:
         """Return -2^(b-1)."""
-        return -(2 ** (fmt.bits - 1))
+        return -(1 << (fmt.bits - 1))
 
 
 class BlockFloatingPoint(ExponentScales, FractionElements):

@@ -19,7 +19,7 @@ class Bipolar(HalfScales):
 
     def scales(self, rows: torch.Tensor, fmt: Format, factor: Factor = 1.0) -> Scales:
         """Return max|w| / (2^n - 1)."""
-        return Scales(as_half(largest_of(rows) * factor / (2**fmt.bits - 1)))
+        return Scales(as_half(largest_of(rows) * factor / _top(fmt)))
 
     def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the nearest odd numbers inside the range; even numbers go up."""
@@ -28,11 +28,11 @@ class Bipolar(HalfScales):
 
     def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the bits b_i as a number."""
-        return ((levels + (2**fmt.bits - 1)) / 2).to(torch.int16)
+        return ((levels + _top(fmt)) / 2).to(torch.int16)
 
     def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the odd numbers."""
-        return 2 * codes.float() - (2**fmt.bits - 1)
+        return 2 * codes.float() - _top(fmt)
 
     def lowest_code(self, fmt: Format) -> int:
         """Return 0."""
@@ -40,3 +40,7 @@ class Bipolar(HalfScales):
 
 
 BIPOLAR = OnGrid(Bipolar())
+
+
+def _top(fmt: Format) -> int:
+    return (1 << fmt.bits) - 1

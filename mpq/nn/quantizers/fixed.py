@@ -55,7 +55,7 @@ class FixedPoint(ExponentScales):
 
     def lowest_code(self, fmt: Format) -> int:
         """Return -2^(b-1)."""
-        return -(2 ** (fmt.bits - 1))
+        return -(1 << (fmt.bits - 1))
 
     def pack_scales(self, stored: StoredWeight) -> dict[str, torch.Tensor]:
         """Return the exponent that was searched, nothing if it is of the format."""
@@ -71,7 +71,7 @@ FIXED = OnGrid(FixedPoint())
 
 def covering_exponent(largest: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return the smallest e so that (2^(b-1) - 1) 2^e is at least `largest`."""
-    top = 2 ** (fmt.bits - 1) - 1
+    top = (1 << (fmt.bits - 1)) - 1
     exponent = floor_log2(largest / top)
     return exponent + (power_of_two(exponent) * top < largest).to(torch.int32)
 

@@ -84,12 +84,12 @@ MINIFLOATS = OnGrid(Minifloats())
 
 def least_exponent(fmt: Format) -> int:
     """Return the exponent of the smallest normal level."""
-    return 2 - 2 ** (_exponent_bits(fmt) - 1)
+    return 2 - (1 << (_exponent_bits(fmt) - 1))
 
 
 def largest_exponent(fmt: Format) -> int:
     """Return the exponent of the largest level."""
-    return 2 ** (_exponent_bits(fmt) - 1) - (1 if _is_e5m2(fmt) else 0)
+    return (1 << (_exponent_bits(fmt) - 1)) - (1 if _is_e5m2(fmt) else 0)
 
 
 def largest_level(fmt: Format) -> float:
