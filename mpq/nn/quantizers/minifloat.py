@@ -53,7 +53,8 @@ class MinifloatElements:
 
     def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return what the bit patterns stand for."""
-        return _all_levels(fmt.bits, fmt.mantissa).to(codes.device)[codes.int()]
+        every: torch.Tensor = _all_levels(fmt.bits, fmt.mantissa)
+        return every.to(codes.device)[codes.int()]
 
     def lowest_code(self, fmt: Format) -> int:
         """Return 0."""
