@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 
 from mpq.core.formats import Format
 
-LevelOfCode = dict[int, Fraction]
+LevelOfCode = dict[int, float]  # exact: of few bits
 
 
-def slow_float(code: int, exponent_bits: int, mantissa_bits: int) -> Fraction:
+def slow_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
     """Return what the bits of a minifloat say, all codes finite."""
     bias = 2 ** (exponent_bits - 1) - 1
     sign = -1 if code >> (exponent_bits + mantissa_bits) else 1
     field = (code >> mantissa_bits) % 2**exponent_bits
-    fraction = Fraction(code % 2**mantissa_bits, 2**mantissa_bits)
+    fraction = (code % 2**mantissa_bits) / 2**mantissa_bits
     if field == 0:
-        return sign * fraction * Fraction(2) ** (1 - bias)
-    return sign * (1 + fraction) * Fraction(2) ** (field - bias)
+        return sign * fraction * 2.0 ** (1 - bias)
+    return sign * (1 + fraction) * 2.0 ** (field - bias)
 
 
 def slow_levels(fmt: Format) -> LevelOfCode:
@@ -29,19 +28,17 @@ def slow_levels(fmt: Format) -> LevelOfCode:
     match fmt.family:
         case "bipolar":
             return {
-                c: Fraction(sum((2 * (c >> i & 1) - 1) * 2**i for i in range(b)))
-                for c in range(2**b)
+                c: float(sum((2 * (c >> i & 1) - 1) * 2**i for i in range(b))) for c in range(2**b)
             }
         case "fixed":
-            return {c: Fraction(c) for c in range(-(2 ** (b - 1)), 2 ** (b - 1))}
+            return {c: float(c) for c in range(-(2 ** (b - 1)), 2 ** (b - 1))}
         case "uint":
-            return {c: Fraction(c) for c in range(2**b)}
+            return {c: float(c) for c in range(2**b)}
         case "bfp":
-            return {
-                c: Fraction(c, 1) / 2 ** (b - 2) for c in range(-(2 ** (b - 1)) + 1, 2 ** (b - 1))
-            }
+            top = 2 ** (b - 1) - 1
+            return {c: c / 2 ** (b - 2) for c in range(-top, top + 1)}
         case "mx" if fmt.variant == "int":
-            return {c: Fraction(c, 64) for c in range(-127, 128)}
+            return {c: c / 64 for c in range(-127, 128)}
     exponent_bits = b - 1 - fmt.mantissa
     levels = {c: slow_float(c, exponent_bits, fmt.mantissa) for c in range(2**b)}
     del levels[2 ** (b - 1)]
@@ -52,23 +49,23 @@ def slow_levels(fmt: Format) -> LevelOfCode:
     return levels
 
 
-def slow_nearest(value: float, fmt: Format, levels: LevelOfCode) -> Fraction:
+def slow_nearest(value: float, fmt: Format, levels: LevelOfCode) -> float:
     """Return the nearest of all levels; of two the one with the even code.
 
     Bipolar numbers have no such rule and go up; a float without mantissa bits goes away from
     zero, as rounding to even multiples of a step has it.
     """
-    exact = Fraction(value)
-    least = min(abs(level - exact) for level in levels.values())
-    tied = [(code, level) for code, level in levels.items() if abs(level - exact) == least]
+    distances = [(abs(level - value), code, level) for code, level in levels.items()]
+    least = min(distances)[0]
+    tied = [(code, level) for distance, code, level in distances if distance == least]
     if len(tied) == 1:
         return tied[0][1]
     if fmt.family == "bipolar":
         return max(level for _, level in tied)
     if fmt.family in ("float", "mx", "nvfp4") and fmt.variant != "int" and fmt.mantissa == 0:
-        smallest = Fraction(2) ** (2 - 2 ** (fmt.bits - 2))
-        if abs(exact) < smallest:
-            return Fraction(0)
+        smallest = 2.0 ** (2 - 2 ** (fmt.bits - 2))
+        if abs(value) < smallest:
+            return 0.0
         return max((level for _, level in tied), key=abs)
     return next(level for code, level in tied if code % 2 == 0)
 
@@ -83,7 +80,7 @@ def slow_e4m3(value: float) -> float:
     """Return the nearest positive OCP E4M3 number."""
     fmt = Format(family="float", bits=8, mantissa=3)
     levels = {c: level for c, level in slow_levels(fmt).items() if level > 0}
-    return float(slow_nearest(value, fmt, levels))
+    return slow_nearest(value, fmt, levels)
 
 
 def slow_block_scales(rows: np.ndarray, fmt: Format) -> list[np.float32]:
@@ -95,7 +92,7 @@ def slow_block_scales(rows: np.ndarray, fmt: Format) -> list[np.float32]:
     top = 0
     if fmt.family == "mx" and fmt.variant != "int":
         largest = max(slow_levels(fmt).values())
-        top = math.frexp(float(largest))[1] - 1
+        top = math.frexp(largest)[1] - 1
     return [np.float32(2.0 ** (slow_block_exponent(list(map(float, row))) - top)) for row in rows]
 
 
@@ -106,7 +103,7 @@ def slow_blocks(rows: np.ndarray, fmt: Format) -> np.ndarray:
     for n, scale in enumerate(slow_block_scales(rows, fmt)):
         for k, value in enumerate(rows[n]):
             nearest = slow_nearest(float(np.float32(value) / scale), fmt, levels)
-            back[n, k] = np.float32(float(nearest)) * scale
+            back[n, k] = np.float32(nearest) * scale
     return back
 
 
@@ -114,6 +111,6 @@ def slow_one_scale(values: np.ndarray, fmt: Format, largest: float) -> np.ndarra
     """Return activations whose largest magnitude becomes the largest level."""
     levels = slow_levels(fmt)
     top = max(levels.values())
-    scale = np.float32(largest) / np.float32(float(top))
-    back = [float(slow_nearest(float(np.float32(v) / scale), fmt, levels)) for v in values.ravel()]
+    scale = np.float32(largest) / np.float32(top)
+    back = [slow_nearest(float(np.float32(v) / scale), fmt, levels) for v in values.ravel()]
     return np.array(back, np.float32).reshape(values.shape) * scale

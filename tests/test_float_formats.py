@@ -42,7 +42,7 @@ def near(values: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 def probes(fmt: Format) -> torch.Tensor:
     """Return levels, the numbers halfway between them and beside those, and random ones."""
-    levels = torch.tensor(sorted(float(level) for level in slow_levels(fmt).values()))
+    levels = torch.tensor(sorted(slow_levels(fmt).values()))
     halfway = (levels[1:] + levels[:-1]) / 2
     around = [torch.nextafter(halfway, halfway + side) for side in (-1.0, 1.0)]
     rng = torch.Generator().manual_seed(4)
@@ -56,7 +56,7 @@ def probes(fmt: Format) -> torch.Tensor:
 def test_the_nearest_level_is_that_of_a_slow_search(text: str) -> None:
     fmt = parse_format(text)
     levels, values = slow_levels(fmt), probes(fmt)
-    expected = [float(slow_nearest(float(v), fmt, levels)) for v in values]
+    expected = [slow_nearest(float(v), fmt, levels) for v in values]
     np.testing.assert_array_equal(near(values, fmt).numpy(), np.array(expected, np.float32))
 
 
@@ -73,7 +73,7 @@ def test_every_code_stands_for_the_level_of_its_bits(text: str) -> None:
     assert grid is not None
     levels = slow_levels(fmt)
     codes = torch.tensor(list(levels), dtype=torch.int16)
-    expected = torch.tensor([float(level) for level in levels.values()])
+    expected = torch.tensor(list(levels.values()))
     assert torch.equal(grid.grid.levels(codes, None, fmt), expected)
     assert torch.equal(grid.grid.codes(expected, None, fmt), codes)
     assert torch.equal(near(expected, fmt), expected)
