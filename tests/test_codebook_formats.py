@@ -20,7 +20,7 @@ from mpq.nn.quantizers import (
 )
 from mpq.nn.quantizers.codebook import BITSANDBYTES_FLOATS, BNB4, NF4, NORMAL_FLOATS
 from mpq.nn.quantizers.kmeans import KMeans
-from mpq.nn.quantizers.largest import largest_of
+from mpq.nn.quantizers.largest import mask_of_largest
 from mpq.nn.quantizers.rows import channels_of, rows_of
 from tests.oracles_codebooks import (
     half,
@@ -380,7 +380,7 @@ def test_the_largest_are_as_many_as_asked_and_the_first_of_equals(
     numbers: list[int], count: int
 ) -> None:
     count = min(count, len(numbers))
-    found = largest_of(torch.tensor(numbers).float(), count)
+    found = mask_of_largest(torch.tensor(numbers).float(), count)
     assert found.tolist() == slow_largest(numbers, count)
 
 

@@ -222,6 +222,6 @@ def _power_of_two(rows: torch.Tensor) -> torch.Tensor:
     return torch.exp2(largest.log2().floor())
 
 
-BINARY = OnGrid(Signs(), shares=True)  # sums of rows depend on how many there are
+BINARY = OnGrid(Signs(), rows_share=True)  # sums of rows depend on how many there are
 RESIDUAL_BINARY = ResidualBinary()
 DUAL_BINARY = DualBinary()

@@ -151,5 +151,5 @@ def _boundary(low: float, high: float, symmetric: bool) -> float:
     return float(found)
 
 
-NORMAL_FLOATS = OnGrid(Codebook(NF4, symmetric=False), shares=True)
-BITSANDBYTES_FLOATS = OnGrid(Codebook(BNB4, symmetric=True), shares=True)
+NORMAL_FLOATS = OnGrid(Codebook(NF4, symmetric=False), rows_share=True)
+BITSANDBYTES_FLOATS = OnGrid(Codebook(BNB4, symmetric=True), rows_share=True)

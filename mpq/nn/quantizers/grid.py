@@ -83,10 +83,13 @@ class HalfScales:
 
 @dataclass(frozen=True, slots=True)
 class OnGrid:
-    """A family whose weights are on a grid; `shares` a scale of the whole tensor."""
+    """A family whose weights are on a grid.
+
+    `rows_share`: the scales of rows depend on all rows, so that rows cannot be looked at in parts.
+    """
 
     grid: Grid
-    shares: bool = False
+    rows_share: bool = False
 
     def store(
         self,
@@ -127,7 +130,7 @@ class OnGrid:
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         back = torch.empty_like(rows)
-        known = self.grid.scales(rows, fmt, factor) if self.shares or len(rows) == 1 else None
+        known = self.grid.scales(rows, fmt, factor) if self.rows_share or len(rows) == 1 else None
         for own in _blocks(rows):
             scale, zero, _ = known or self.grid.scales(rows[own[0]], fmt, _of_rows(factor, own[0]))
             if known is not None:
@@ -152,7 +155,7 @@ class OnGrid:
         """
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
-        height = max(1, _BLOCK // max(1, rows.shape[1]))
+        height = max(1, len(rows) if self.rows_share else _BLOCK // max(1, rows.shape[1]))
         parts = [self._least_error(part, fmt) for part in torch.split(rows, height)]
         return torch.cat(parts)
 

@@ -28,7 +28,7 @@ from mpq.nn.quantizers.bit_streams import (
 )
 from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.grid import LARGEST_SCALE
-from mpq.nn.quantizers.largest import largest_of
+from mpq.nn.quantizers.largest import mask_of_largest
 from mpq.nn.quantizers.rows import channels_of, from_rows
 from mpq.nn.quantizers.sorted_rows import SortedRows
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
@@ -64,7 +64,7 @@ class KMeans:
         extra, outlying = {}, None
         if fmt.share:
             size = rows.abs() if fisher is None else rows.abs() * fisher.sqrt()
-            outlying = largest_of(size, count_of(fmt.share, rows.numel()))
+            outlying = mask_of_largest(size, count_of(fmt.share, rows.numel()))
             extra = _sparse(rows, outlying)
         height = max(1, _BLOCK // max(1, rows.shape[1]))
         made = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def largest_of(numbers: torch.Tensor, count: int) -> torch.Tensor:
+def mask_of_largest(numbers: torch.Tensor, count: int) -> torch.Tensor:
     """Return a mask of exactly `count` largest numbers; of equal ones the first are taken.
 
     `numbers` has any shape, the mask the same; `count` is at most their number.

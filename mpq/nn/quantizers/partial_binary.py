@@ -19,7 +19,7 @@ from mpq.core.granularity import ChannelAxis
 from mpq.nn.quantizers.bit_streams import from_stream, to_stream
 from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.grid import as_half
-from mpq.nn.quantizers.largest import largest_of
+from mpq.nn.quantizers.largest import mask_of_largest
 from mpq.nn.quantizers.rows import channels_of, from_rows, rows_of
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
@@ -48,7 +48,7 @@ class PartialBinary:
         if data is not None and data.gram is not None:
             salience = salience / _inverse_diagonal(data.gram)
         rows = rows_of(here, fmt.granularity, channel_axis)
-        mask = largest_of(salience, count_of(fmt.share, matrix.numel())).reshape(rows.shape)
+        mask = mask_of_largest(salience, count_of(fmt.share, matrix.numel())).reshape(rows.shape)
         size = rows.abs()
         others = (~mask).sum(1, keepdim=True).clamp_min(1)
         scales = as_half(size.masked_fill(mask, 0.0).sum(1, keepdim=True) / others)

@@ -64,4 +64,4 @@ class _InTrits(OnGrid):
         return StoredWeight(codes, scale, None, fmt, shape, channel_axis)
 
 
-TERNARY = _InTrits(Ternary(), shares=True)  # sums of rows depend on how many there are
+TERNARY = _InTrits(Ternary(), rows_share=True)  # sums of rows depend on how many there are
