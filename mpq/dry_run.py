@@ -25,7 +25,7 @@ from mpq.core.provenance import cost_label
 from mpq.core.risk import risk_of
 from mpq.core.tables import Cells, CostTable, SensitivityTable
 from mpq.costing import Hardware
-from mpq.intake import graph_of, load, sample_of, served_of
+from mpq.intake import graph_of, load, sample_of, served_of, with_transforms
 from mpq.jobfile import parse_job
 from mpq.nn.batches import num_samples
 from mpq.progress import Silent
@@ -57,6 +57,7 @@ def dry_run(spec: JobSpec, store: Store) -> DryRun:
         quality=spec.quality,
         profiles=spec.profiles,
     )
+    given = with_transforms(spec, given)
     graph = graph_of(spec, given)
     beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
     hardware = Hardware(spec, budgets, store, Silent(), beside, served_of(spec, given, graph))

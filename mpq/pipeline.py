@@ -18,7 +18,7 @@ from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
 from mpq.core.errors import InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
+from mpq.core.jobs import Clip, Correction, Divergence, JobSpec, RunState, given_groups
 from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
@@ -31,7 +31,7 @@ from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.executing import executor_for
 from mpq.frontiers import keep_frontiers
-from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
+from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of, with_transforms
 from mpq.limited import against_unquantized
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
@@ -71,6 +71,9 @@ def search(
     groups: Literal["auto", "none"] | Sequence[Sequence[str]] = "auto",
     embeddings: bool = False,
     clip: Clip = "minmax",
+    transforms: Sequence[str] = (),
+    observer: str = "minmax",
+    corrections: Sequence[Correction] = (),
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
     limits: Sequence[str] = (),
@@ -109,7 +112,8 @@ def search(
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
-    unit length, else kl of logits). `clip` is how weight ranges are cut. `quality` is {name:
+    unit length, else kl of logits). `clip` is how weight ranges are cut. `transforms`,
+    `observer` and `corrections` are the calibration pipeline (JobSpec). `quality` is {name:
     function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
     qualities, each over the best uniform scheme's, decides instead of the divergence, and
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
@@ -134,7 +138,9 @@ def search(
             "['accuracy drop <= 1%']",
         )
     budgets = () if budgets is None else budgets
-    for what, given_list in {"budgets": budgets, "skip": skip, "limits": limits}.items():
+    lists = {"budgets": budgets, "skip": skip, "limits": limits}
+    lists |= {"transforms": transforms, "corrections": corrections}
+    for what, given_list in lists.items():
         if isinstance(given_list, str | Budget):
             raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
     if pin is not None and not isinstance(pin, Mapping):
@@ -160,6 +166,9 @@ def search(
         metric=metric,
         solver=solver,
         clip=clip,
+        transforms=tuple(transforms),
+        observer=observer,
+        corrections=tuple(corrections),
         skip=tuple(skip),
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
@@ -237,6 +246,7 @@ def run(
             get_solver(spec.solver)
         check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
+        given = with_transforms(spec, given)
         beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
         graph = graph_of(spec, given)
         served = served_of(spec, given, graph)

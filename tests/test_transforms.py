@@ -66,7 +66,9 @@ class TestContract:
         assert not set(report.changed) & set(report.unchanged)
         assert all(report.unchanged.values())
         assert report.transform.startswith(name)
-        assert len(report.lines) == 1 + len(report.unchanged) + len(report.costs)
+        assert len(report.lines) == 1 + len(set(report.unchanged.values())) + len(
+            set(report.costs.values())
+        )
 
     def test_a_changed_layer_has_another_weight(self, name: str, network: str) -> None:
         model = make(network)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
+Correction = Literal["bias", "batch_norm"]
+CORRECTIONS: tuple[Correction, ...] = ("bias", "batch_norm")
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
 _BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
@@ -37,7 +39,11 @@ class JobSpec:
     `budgets` are texts (mpq.core.budgets) that hold together. `schemes` are what every layer may
     take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
     scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
-    searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
+    searched only where asked. `transforms` such as "smooth(0.5)" (mpq.nn.transforms) make the
+    network that is searched of the one that is given, `observer` finds static ranges of layer
+    inputs (mpq.nn.observers), `corrections` are made in the quantized network: "bias" takes back
+    what rounding weights moves mean outputs by, "batch_norm" estimates running statistics again.
+    Tasks run in the `executor`, "ray" with `num_workers` processes
     (None: one for each processor) or "serial", here; `ray_address`, "auto" or "host:port", is an
     existing Ray cluster (None: a local Ray). `worker_resources` is what each worker of Ray takes
     beside one processor, {"gpu": 1, "device:a100": 1}: with a GPU the network and the batches are
@@ -79,6 +85,9 @@ class JobSpec:
     metric: str = "gauss_newton"
     solver: str = "auto"
     clip: Clip = "minmax"
+    transforms: tuple[str, ...] = ()
+    observer: str = "minmax"
+    corrections: tuple[Correction, ...] = ()
     skip: tuple[str, ...] = ()
     pin: dict[str, str] = field(default_factory=dict)
     groups: Literal["auto", "none"] | tuple[tuple[str, ...], ...] = "auto"
@@ -119,6 +128,9 @@ class JobSpec:
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
         object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
+        for name in self.corrections:
+            if name not in CORRECTIONS:
+                raise unknown("correction", name, CORRECTIONS)
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         if self.study is not None and self.solver not in _WITH_STUDY:

@@ -41,6 +41,7 @@ class Section:
     rare: tuple[Field, ...]
 
 
+_PIPELINE = ("clip", "transforms", "observer", "corrections")
 _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "What",
@@ -48,7 +49,7 @@ _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("sample", "loss", "profiles", "quality", "quality_groups"),
     ),
     ("Budgets", ("budgets", "limits", "minimise"), ("risk",)),
-    ("Choices", ("schemes", "hardware", "skip", "pin"), ("embeddings", "groups", "clip")),
+    ("Choices", ("schemes", "hardware", "skip", "pin"), ("embeddings", "groups", *_PIPELINE)),
     ("How", ("metric", "solver", "divergence"), ()),  # and every key that is nowhere else
 )
 # Key: label, what it means, an example.
@@ -122,6 +123,17 @@ _WORDS: dict[str, tuple[str, str, str]] = {
         '[["layer.a", "layer.b"]]',
     ),
     "clip": ("Range of weights", "how it is cut", ""),
+    "transforms": (
+        "Transforms",
+        "exact changes of the network before it is searched, one a line",
+        "smooth(0.5)",
+    ),
+    "observer": (
+        "Static input ranges",
+        "how they are found: minmax, percentile(99.9), mse or kl",
+        "minmax",
+    ),
+    "corrections": ("Corrections", "of the quantized network, one a line", "bias\nbatch_norm"),
     "metric": ("Metric", "what scores layers", ""),
     "solver": ("Solver", "what chooses", ""),
     "divergence": ("Divergence", "how outputs are compared", ""),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq.applied import check_prepared
 from mpq.artifacts import restored
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
@@ -30,6 +31,7 @@ from mpq.nn.batches import Batch, call, check_batches, cut, describe
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
+from mpq.preparing import prepared
 from mpq.report import check_writable
 
 if TYPE_CHECKING:
@@ -76,6 +78,12 @@ def deploy(
     runtime = get_target(target)
     check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
+    if spec.corrections:
+        raise InvalidInputError(
+            "corrections",
+            f"no runtime's file holds the corrections {list(spec.corrections)} of the run: deploy "
+            f"a search without them, or result.apply(model) has them",
+        )
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
     schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
@@ -144,6 +152,9 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
     _check_searched(network, result.graph)
     found = load_batches(_or_kept(result, calibration, spec.calibration), "calibration")
     batches = () if found is None else check_batches("calibration", found)
+    if spec.transforms and model is None and batches:
+        network = prepared(network, batches, spec.transforms, seed=spec.seed)
+    check_prepared(spec, network)
     served = load_batches(_or_kept(result, sample, spec.sample), "sample")
     if served is None and spec.sample is not None:
         raise _missing("sample", spec.sample)
