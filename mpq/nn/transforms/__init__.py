@@ -10,6 +10,7 @@ from torch import nn
 from mpq.core.called import parse_called
 from mpq.core.errors import InvalidInputError
 from mpq.nn.batches import Batch
+from mpq.nn.transforms.hadamard import hadamard
 from mpq.nn.transforms.report import TransformReport
 from mpq.nn.transforms.repq import repq
 from mpq.nn.transforms.shift import shift
@@ -20,6 +21,7 @@ TRANSFORMS: dict[str, Callable[..., TransformReport]] = {
     "smooth": smooth,
     "shift": shift,
     "repq": repq,
+    "hadamard": hadamard,
 }
 
 _REPORTS = "mpq_transforms"  # the attribute of a prepared network
