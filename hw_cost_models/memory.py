@@ -11,9 +11,9 @@ from mpq.core.tables import Cells, CostTable
 def stored_bytes(layer: Layer, weights: Format) -> int:
     """Return the exact bytes of one stored weight in a format.
 
-    An integer weight is three tensors, each padded to whole bytes: the packed codes
-    (ceil(elements * bits / 8)), the scales, and for an asymmetric format the packed zero
-    points. A native weight is elements * bits / 8.
+    A quantized weight is several arrays, each padded to whole bytes: the packed codes
+    (ceil(elements * bits / 8)), the scales, and what else its format needs (`Format.parts`): zero
+    points, masks, codebooks, branches. A native weight is elements * bits / 8.
     Raises InvalidInputError naming the layer where groups do not divide it (`group_size`) or
     where a native format is wider than the weight already is (`format`).
     """
@@ -27,16 +27,9 @@ def stored_bytes(layer: Layer, weights: Format) -> int:
             )
         return layer.num_weights * weights.bits // 8
     try:
-        scales = weights.num_scales(layer.weight_shape, layer.channel_axis)
+        return weights.storage_bytes(layer.weight_shape, layer.channel_axis)
     except InvalidInputError as error:
         raise InvalidInputError(error.code, f"layer {layer.name!r}: {error}") from error
-    zero_point_bits = 0 if weights.symmetric else weights.bits
-    tensors_bits = (
-        layer.num_weights * weights.bits,
-        scales * weights.scale_bits,
-        scales * zero_point_bits,
-    )
-    return sum(-(-bits // 8) for bits in tensors_bits)
 
 
 def storable(layer: Layer, weights: Format) -> bool:

@@ -39,12 +39,15 @@ def _context(
     if _changes_nothing(workload, unit, scheme):
         return None
     schemes = dict.fromkeys(workload.graph.units[unit].layers, scheme)
-    return partial(workload.quantized_layers, schemes)
+    return partial(workload.quantized_layers, workload.graph.merged(schemes))
 
 
 def _changes_nothing(workload: Workload, unit: int, scheme: Scheme) -> bool:
     if not (scheme.weights.is_native and scheme.activations.is_native):
         return False
+    layers = workload.graph.by_name
+    if any(layers[name].is_cache for name in workload.graph.units[unit].layers):
+        return False  # 16 bits may be fewer than the output has
     parameters = dict(workload.model.named_parameters())
     for layer in workload.graph.stored_layers(workload.graph.units[unit]):
         weight = parameters[layer.weight_id].detach()

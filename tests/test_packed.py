@@ -20,10 +20,11 @@ from mpq.core.formats import PerGroup, parse_scheme
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
-from mpq.export.packed import PackedFile, pack_bits, read_packed, unpack_bits, write_packed
+from mpq.export.packed import PackedFile, read_packed, write_packed
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer
+from mpq.nn.quantizers.bit_streams import pack_bits, unpack_bits
 from tests.builders import CASES, Decoder, case, mlp, tokens
 from tests.oracles import slow_storage_bits
 

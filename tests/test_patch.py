@@ -222,7 +222,7 @@ def test_a_shared_quantizer_remembers_its_ranges() -> None:
     model, quantizer = mlp(), WeightQuantizer("mse")
     with quantized(model, {"0": INT4, "2": INT4}, quantizer=quantizer):
         pass
-    assert {name for name, _ in quantizer.ranges} == {"0.weight", "2.weight"}
+    assert {name for name, _ in quantizer.factors} == {"0.weight", "2.weight"}
 
 
 def test_an_unknown_layer_is_named() -> None:

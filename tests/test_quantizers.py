@@ -11,7 +11,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import parse_format
 from mpq.nn.quantizers import (
     WeightQuantizer,
-    clip_range,
+    clip_factor,
     fake_quantize_activation,
     quantize_weight,
 )
@@ -147,7 +147,7 @@ def test_groups_are_consecutive_weights_of_one_channel() -> None:
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
-    for function in (quantize_weight, clip_range):
+    for function in (quantize_weight, clip_factor):
         with pytest.raises(InvalidInputError, match="group size 5 does not divide the 12"):
             function(torch.ones(3, 12), parse_format("int4g5"))
 
@@ -210,15 +210,15 @@ def test_clipping_ranges_are_searched_once_and_travel_along() -> None:
     weight, fmt = weights("linear")[0], parse_format("int2")
     quantizer = WeightQuantizer("mse")
     first = quantizer.fake_quantize("w", weight, fmt)
-    assert list(quantizer.ranges) == [("w", fmt)]
-    again = WeightQuantizer("mse", quantizer.ranges).fake_quantize("w", weight, fmt)
+    assert list(quantizer.factors) == [("w", fmt)]
+    again = WeightQuantizer("mse", quantizer.factors).fake_quantize("w", weight, fmt)
     assert torch.equal(first, again)
 
 
 def test_min_max_searches_nothing() -> None:
     quantizer = WeightQuantizer()
     quantizer.fake_quantize("w", weights("linear")[0], parse_format("int2"))
-    assert quantizer.ranges == {}
+    assert quantizer.factors == {}
 
 
 def slow_activation(values: np.ndarray, text: str, limits: tuple | None = None) -> np.ndarray:

@@ -132,5 +132,5 @@ def test_the_mode_and_the_rest_of_the_workload_arrive() -> None:
     arrived = sent(original)
     assert (arrived.seed, arrived.key, arrived.model.training) == (9, "k", True)
     assert (arrived.graph, arrived.cells) == (original.graph, original.cells)
-    assert arrived.quantizer.ranges.keys() == quantizer.ranges.keys()
+    assert arrived.quantizer.factors.keys() == quantizer.factors.keys()
     assert torch.equal(arrived.calibration[0], original.calibration[0])

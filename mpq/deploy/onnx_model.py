@@ -13,7 +13,7 @@ from mpq.core.formats import PerGroup, PerTensor
 from mpq.core.layers import LayerName
 from mpq.deploy.marked import DOMAIN, OPSET, MarkedGraph, layer_of
 from mpq.deploy.placed import Limits, Placed, static_step
-from mpq.nn.quantizers import IntegerWeight
+from mpq.nn.quantizers import StoredWeight
 
 _MICROSOFT = "com.microsoft"
 _PREFIX = "model."  # of the exporter's names
@@ -307,8 +307,8 @@ def _steps(name: str, limits: Limits, writer: _Writer, *, symmetric: bool = Fals
     ]
 
 
-def _codes(placed: Placed) -> IntegerWeight:
-    assert isinstance(placed.weight, IntegerWeight)
+def _codes(placed: Placed) -> StoredWeight:
+    assert isinstance(placed.weight, StoredWeight)
     return placed.weight
 
 
@@ -317,13 +317,13 @@ def _array(placed: Placed) -> npt.NDArray[np.float32]:
     return placed.weight
 
 
-def _unsigned(stored: IntegerWeight) -> npt.NDArray[np.uint8]:
+def _unsigned(stored: StoredWeight) -> npt.NDArray[np.uint8]:
     """Return codes as kernels count them: from 0, symmetric ones around 2^(bits - 1)."""
     offset = 2 ** (stored.fmt.bits - 1) if stored.fmt.symmetric else 0
     return (stored.codes.numpy() + offset).astype(np.uint8)
 
 
-def _scales(stored: IntegerWeight, shape: tuple[int, ...], name: str, writer: _Writer) -> str:
+def _scales(stored: StoredWeight, shape: tuple[int, ...], name: str, writer: _Writer) -> str:
     """Store scales as the 16 bits that they have, and widen them when the model is loaded."""
     half = stored.scales.numpy().astype(np.float16).reshape(shape)
     return writer.node("Cast", [writer.stored(f"{name}.scales", lambda: half)], to=_FLOAT)

@@ -18,7 +18,7 @@ from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.deploy.tails import Tail
 from mpq.nn.batches import Batch
 from mpq.nn.calibrate import run_observed
-from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
+from mpq.nn.quantizers import StoredWeight, WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 
 Limits = tuple[float, float]
@@ -36,7 +36,7 @@ class Placed:
 
     layer: Layer
     scheme: Scheme
-    weight: IntegerWeight | npt.NDArray[np.float32]
+    weight: StoredWeight | npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32] | None
     input_limits: Limits | None = None
     output_limits: Limits | None = None
@@ -77,7 +77,7 @@ def place(
     """
     nodes, layers = set(markable(model, graph)), graph.by_name
     parameters = dict(model.named_parameters())
-    stored: dict[str, IntegerWeight | npt.NDArray[np.float32]] = {}  # tied weights once
+    stored: dict[str, StoredWeight | npt.NDArray[np.float32]] = {}  # tied weights once
     placed = {}
     for name, scheme in schemes.items():
         layer = layers[name]
@@ -120,7 +120,7 @@ def _folded(tail: Tail, placed: Placed) -> Tail | None:
     stored, limits = placed.weight, placed.input_limits
     if not writes_codes(placed.layer, placed.scheme) or limits is None:
         return None
-    assert isinstance(stored, IntegerWeight)
+    assert isinstance(stored, StoredWeight)
     turns = (tail.factor < 0).any()
     if turns and (stored.zero_points is not None or int(stored.codes.min()) < -127):
         return None

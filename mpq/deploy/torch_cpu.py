@@ -31,7 +31,7 @@ from mpq.deploy.target import NUM_THREADS, Array
 from mpq.nn.batches import Batch, call
 from mpq.nn.calibrate import output_ranges
 from mpq.nn.patch import evaluating, quantized
-from mpq.nn.quantizers import IntegerWeight, WeightQuantizer, fake_quantize_activation
+from mpq.nn.quantizers import StoredWeight, WeightQuantizer, fake_quantize_activation
 from mpq.nn.weights import weight_of
 
 _RUNTIME = "torch"
@@ -187,7 +187,7 @@ def _packed(placed: Placed, bias: torch.Tensor | None) -> nn.Module:
     if placed.input_limits is not None:
         limits = placed.input_limits, placed.output_limits
     stored = placed.weight
-    if isinstance(stored, IntegerWeight):
+    if isinstance(stored, StoredWeight):
         codes = stored.codes.to(torch.int8).reshape(placed.layer.weight_shape)
         scales = stored.scales.reshape(-1)
         kernel = packed_kernel(placed.layer, placed.scheme, codes, scales, bias, limits)

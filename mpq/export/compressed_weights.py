@@ -19,8 +19,8 @@ from mpq.core.formats import PerTensor, Scheme
 from mpq.export import get_exporter
 from mpq.export.compressed_tensors import INTEGER, group_format, refuse_tied
 from mpq.export.packed import PackedFile
-from mpq.export.rules import check_runs
-from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
+from mpq.export.rules import as_told, check_runs
+from mpq.nn.quantizers import StoredWeight, WeightQuantizer
 
 
 def write_compressed(
@@ -36,7 +36,8 @@ def write_compressed(
     """
     from safetensors.torch import save_file
 
-    check_runs(get_exporter(target), chosen)
+    exporter = get_exporter(target)
+    check_runs(exporter, as_told(exporter, chosen))
     refuse_tied(chosen)
     quantizer = quantizer or WeightQuantizer()
     stored = {part.name for part in chosen.graph.unsearched}
@@ -63,7 +64,7 @@ def write_compressed(
     )
 
 
-def _tensors_of(weight: IntegerWeight, scheme: Scheme) -> dict[str, torch.Tensor]:
+def _tensors_of(weight: StoredWeight, scheme: Scheme) -> dict[str, torch.Tensor]:
     rows, columns = weight.shape
     bits, half = weight.fmt.bits, 2 ** (weight.fmt.bits - 1)
     codes = weight.codes.reshape(rows, columns)

@@ -1,8 +1,9 @@
 """The packed checkpoint: one safetensors file that holds a quantized network to the last bit.
 
 A searched weight "layer.weight" becomes "layer.weight.codes" (codes of b bits in one little-endian
-bit stream), "layer.weight.scales" (IEEE half) and, where asymmetric, "layer.weight.zero_points";
-everything else is stored as it is, tied tensors once. Metadata holds the allocation.
+bit stream), "layer.weight.scales" (IEEE half) and what else `Format.parts` of its format names
+("layer.weight.zero_points"); everything else is stored as it is, tied tensors once. Metadata
+holds the allocation.
 """
 
 from __future__ import annotations
@@ -12,31 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerGraph
 from mpq.core.problem import Allocation
-from mpq.nn.quantizers import IntegerWeight, WeightQuantizer
+from mpq.nn.quantizers import WeightQuantizer, family_of
 
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def pack_bits(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Return values of `bits` bits each as one little-endian bit stream, padded to whole bytes."""
-    planes = (values[:, None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(planes.reshape(-1), bitorder="little")
-
-
-def unpack_bits(stream: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
-    """Return the first `count` values of a bit stream; inverse of `pack_bits`."""
-    planes = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    places = (1 << np.arange(bits)).astype(np.uint8)
-    values: npt.NDArray[np.uint8] = (planes * places).sum(axis=1, dtype=np.uint8)
-    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,8 @@ def write_packed(
                 tensors[layer.weight_id] = weight.to(_NATIVE[fmt.family]).contiguous()
             else:
                 packed = quantizer.store(layer.weight_id, weight, fmt, layer.channel_axis)
-                tensors |= _tensors_of(layer.weight_id, packed)
+                arrays = packed.pack()
+                tensors |= {f"{layer.weight_id}.{part}": a for part, a in arrays.items()}
     metadata = {"format": "mpq-packed-1", "allocation": json.dumps(allocation.text())}
     save_file(tensors, path, metadata)
     return PackedFile(
@@ -86,20 +72,6 @@ def write_packed(
         tensor_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         file_bytes=Path(path).stat().st_size,
     )
-
-
-def _tensors_of(name: str, weight: IntegerWeight) -> dict[str, torch.Tensor]:
-    bits = weight.fmt.bits
-    offset = 2 ** (bits - 1) if weight.fmt.symmetric else 0  # signed codes are stored shifted
-    codes = (weight.codes.reshape(-1) + offset).to(torch.uint8).numpy()
-    tensors = {
-        f"{name}.codes": torch.from_numpy(pack_bits(codes, bits)),
-        f"{name}.scales": weight.scales.reshape(-1).half(),
-    }
-    if weight.zero_points is not None:
-        zero_points = weight.zero_points.reshape(-1).to(torch.uint8).numpy()
-        tensors[f"{name}.zero_points"] = torch.from_numpy(pack_bits(zero_points, bits))
-    return tensors
 
 
 def read_packed(path: str | Path, graph: LayerGraph) -> dict[str, torch.Tensor]:
@@ -122,25 +94,11 @@ def read_packed(path: str | Path, graph: LayerGraph) -> dict[str, torch.Tensor]:
         for layer in graph.stored_layers(unit):
             if fmt.is_native:
                 continue
-            codes = _read_codes(
-                tensors.pop(f"{layer.weight_id}.codes"), fmt.bits, layer.num_weights
+            parts = fmt.parts(layer.weight_shape, layer.channel_axis)
+            arrays = {part: tensors.pop(f"{layer.weight_id}.{part}") for part in parts}
+            tensors[layer.weight_id] = (
+                family_of(fmt)
+                .unpack(arrays, fmt, layer.weight_shape, layer.channel_axis)
+                .dequantize()
             )
-            scales = tensors.pop(f"{layer.weight_id}.scales").float().reshape(-1, 1)
-            zero_points = None
-            if not fmt.symmetric:
-                stream = tensors.pop(f"{layer.weight_id}.zero_points")
-                zero_points = _read_codes(stream, fmt.bits, len(scales)).reshape(-1, 1)
-            offset = 2 ** (fmt.bits - 1) if fmt.symmetric else 0
-            tensors[layer.weight_id] = IntegerWeight(
-                codes=codes.reshape(len(scales), -1) - offset,
-                scales=scales,
-                zero_points=zero_points,
-                fmt=fmt,
-                shape=layer.weight_shape,
-                channel_axis=layer.channel_axis,
-            ).dequantize()
     return tensors
-
-
-def _read_codes(stream: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    return torch.from_numpy(unpack_bits(stream.numpy(), bits, count)).to(torch.int16)

@@ -37,15 +37,14 @@ def placed_on_gpu(workload: Workload) -> Workload:
 def placed(workload: Workload, device: torch.device) -> Workload:
     """Return the workload with its network, batches and searched ranges on a device."""
     quantizer = workload.quantizer
-    ranges = {
-        key: (low.to(device), high.to(device)) for key, (low, high) in quantizer.ranges.items()
-    }
+    factors = {key: _moved(factor, device) for key, factor in quantizer.factors.items()}
+    made = {key: _moved(arrays, device) for key, arrays in quantizer.made.items()}
     return replace(
         workload,
         model=workload.model.to(device),
         calibration=tuple(_moved(batch, device) for batch in workload.calibration),
         held_out=tuple(_moved(batch, device) for batch in workload.held_out),
-        quantizer=replace(quantizer, ranges=ranges),
+        quantizer=replace(quantizer, factors=factors, made=made),
     )
 
 

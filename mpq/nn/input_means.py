@@ -38,7 +38,7 @@ def input_means(
     the mean patch that one output element reads. Positions that an attention mask leaves out do not
     count. Beside it why the other layers have none. Costs one forward pass over the batches.
     """
-    modules = layer_modules(model, graph)
+    modules = _weight_modules(model, graph)
     why_not = {name: reason for name, module in modules.items() if (reason := _why_no_bias(module))}
     means = {name: _Mean() for name in modules if name not in why_not}
     mask: list[torch.Tensor | None] = [None]
@@ -72,7 +72,7 @@ def input_means(
 
 def with_added_biases(model: nn.Module, graph: LayerGraph, means: InputMeans) -> LayerGraph:
     """Return the graph with the biases that layers without one get, so that their bytes count."""
-    modules = layer_modules(model, graph)
+    modules = _weight_modules(model, graph)
     added = tuple(
         Unsearched(
             name=f"{name}.bias",
@@ -85,6 +85,13 @@ def with_added_biases(model: nn.Module, graph: LayerGraph, means: InputMeans) ->
         for channels in [_output_channels(module)]
     )
     return replace(graph, unsearched=(*graph.unsearched, *added))
+
+
+def _weight_modules(model: nn.Module, graph: LayerGraph) -> dict[LayerName, nn.Module]:
+    """Return the modules of searched layers, but for inputs and caches that are searched apart."""
+    layers = graph.by_name
+    modules = layer_modules(model, graph)
+    return {name: module for name, module in modules.items() if not layers[name].source}
 
 
 def _why_no_bias(module: nn.Module) -> str:

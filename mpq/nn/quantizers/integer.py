@@ -1,182 +1,105 @@
-"""Integers of 1 to 8 bits: symmetric or with a zero point; per tensor, channel or group.
+"""Integers of 1 to 8 bits: symmetric or with a zero point, or the leading bits of int8.
 
 A symmetric b-bit weight is w ~ s q, q in [-2^(b-1), 2^(b-1) - 1], s = max|w| / (2^(b-1) - 1);
 one bit has the two levels +-s/2 instead (a grid with a zero would have one level only).
 An asymmetric one is w ~ s (q - z) with q in [0, 2^b - 1], and its range always holds zero.
-Scales are rounded to IEEE half, as they are stored.
+"int4of8" keeps the leading bits of an int8 tensor ("double rounding", Nearly lossless
+bit switching, 2025): q8 = round(w / s), q = clip(round(q8 / 2^D)), D = 8 - b, w ~ q (s 2^D), so
+one stored int8 tensor yields all narrower ones. Scales are rounded to IEEE half, as stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from mpq.core.formats import ChannelAxis, Format, PerChannel, PerGroup, channel_axes
+from mpq.core.formats import Format
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import HalfScales, OnGrid, Scales, as_half
 
-_SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
-_LARGEST_SCALE = 65504.0
-_BLOCK = 2**17  # elements
-
-Range = tuple[torch.Tensor, torch.Tensor]  # smallest and largest value of each row, (rows, 1)
+_WIDE = 8
 
 
-@dataclass(frozen=True, slots=True)
-class IntegerWeight:
-    """A stored weight: codes (rows, group), one scale and zero point per row, and its shape."""
+class Integers(HalfScales):
+    """The grid of families "int"."""
 
-    codes: torch.Tensor  # int16, (rows, group length); symmetric codes are signed
-    scales: torch.Tensor  # float32 values of IEEE half, (rows, 1)
-    zero_points: torch.Tensor | None  # int16, (rows, 1); None: symmetric
-    fmt: Format
-    shape: tuple[int, ...]
-    channel_axis: ChannelAxis
+    def scales(self, rows: torch.Tensor, fmt: Format, factor: Factor = 1.0) -> Scales:
+        """Return max|w| / (2^(b-1) - 1), or the range in 2^b - 1 steps and its zero."""
+        low, high = _range(rows, fmt)
+        low, high = low * factor, high * factor
+        if fmt.variant == "of8":
+            return Scales(_wide_scale(high) * 2.0 ** (_WIDE - fmt.bits))
+        if fmt.symmetric:
+            return Scales(as_half(high / max(2 ** (fmt.bits - 1) - 1, 1)))
+        steps = 2**fmt.bits - 1
+        scale = as_half((high - low) / steps)
+        return Scales(scale, (-low / scale).round_().clamp_(0, steps))
 
-    def dequantize(self) -> torch.Tensor:
-        """Return the float32 weight that the codes stand for, in the original shape."""
-        levels = _levels(self.codes.float(), self.fmt, self.zero_points)
-        return _ungrouped(levels * self.scales, self.shape, self.channel_axis)
+    def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return rounded numbers inside the range of the bits."""
+        if zero is not None:
+            return scaled.add_(zero).round_().clamp_(0, 2**fmt.bits - 1).sub_(zero)
+        if fmt.bits == 1:
+            return torch.where(scaled >= 0, 0.5, -0.5)
+        half = 2 ** (fmt.bits - 1)
+        if fmt.variant == "of8":
+            ratio = 2.0 ** (_WIDE - fmt.bits)
+            scaled.mul_(ratio).round_().clamp_(-128, 127).div_(ratio)
+        return scaled.round_().clamp_(-half, half - 1)
 
+    def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the integers; with a zero point from zero on, else signed."""
+        if zero is not None:
+            levels = levels + zero
+        return (levels - 0.5 if fmt.bits == 1 and zero is None else levels).to(torch.int16)
 
-def quantize_weight(
-    weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0, limits: Range | None = None
-) -> IntegerWeight:
-    """Round `weight` to `fmt`, within `limits` of each row or else its smallest and largest value.
+    def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the integers less the zero point."""
+        if zero is not None:
+            return codes.float() - zero
+        return codes.float() + 0.5 if fmt.bits == 1 else codes.float()
 
-    Raises InvalidInputError where groups do not divide the weights of a channel.
-    """
-    fmt.num_scales(tuple(weight.shape), channel_axis)  # refuses groups that do not divide
-    rows = _grouped(weight.detach().float(), fmt, channel_axis)
-    low, high = limits or _range(rows, fmt)
-    codes, scales, zero_points = _rounded(rows, low, high, fmt)
-    if zero_points is not None:
-        zero_points = zero_points.to(torch.int16)
-    shape = tuple(weight.shape)
-    return IntegerWeight(codes.to(torch.int16), scales, zero_points, fmt, shape, channel_axis)
-
-
-def clip_range(weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis = 0) -> Range:
-    """Return the range of each row with the least squared rounding error ("MSE clip").
-
-    The smallest and largest value are shrunk together: 9 factors from 1.0 to 0.2, then four
-    rounds that look on both sides of the best at half the distance.
-    """
-    fmt.num_scales(tuple(weight.shape), channel_axis)
-    rows = _grouped(weight.detach().float(), fmt, channel_axis)
-    block = max(1, _BLOCK // max(1, rows.shape[1]))  # so that a block stays in the cache
-    found = [_least_error(part, fmt) for part in torch.split(rows, block)]
-    low, high = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return low, high
+    def lowest_code(self, fmt: Format) -> int:
+        """Return -2^(b-1) where codes are signed."""
+        return -(2 ** (fmt.bits - 1)) if fmt.symmetric else 0
 
 
-_Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+class UnsignedIntegers(HalfScales):
+    """The grid of family "uint": 0 to 2^b - 1, no zero point; what is negative becomes 0."""
+
+    def scales(self, rows: torch.Tensor, fmt: Format, factor: Factor = 1.0) -> Scales:
+        """Return max(w, 0) / (2^b - 1)."""
+        top = rows.amax(1, keepdim=True).clamp_min(0.0) * factor
+        return Scales(as_half(top / (2**fmt.bits - 1)))
+
+    def nearest(self, scaled: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return rounded numbers inside the range of the bits."""
+        return scaled.round_().clamp_(0, 2**fmt.bits - 1)
+
+    def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the integers."""
+        return levels.to(torch.int16)
+
+    def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
+        """Return the integers."""
+        return codes.float()
+
+    def lowest_code(self, fmt: Format) -> int:
+        """Return 0."""
+        return 0
 
 
-def _grouped(weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis) -> torch.Tensor:
-    axes = channel_axes(channel_axis)
-    by_channel = weight.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
-    match fmt.granularity:
-        case PerChannel():
-            return by_channel.reshape(by_channel.shape[0], -1)
-        case PerGroup(size):
-            return by_channel.reshape(-1, size)
-        case _:
-            return by_channel.reshape(1, -1)
-
-
-def _ungrouped(
-    rows: torch.Tensor, shape: tuple[int, ...], channel_axis: ChannelAxis
-) -> torch.Tensor:
-    axes = channel_axes(channel_axis)
-    moved = [*(shape[a] for a in axes), *(n for a, n in enumerate(shape) if a not in axes)]
-    return rows.reshape(moved).movedim(tuple(range(len(axes))), axes).contiguous()
+INTEGERS = OnGrid(Integers())
+UNSIGNED = OnGrid(UnsignedIntegers())
 
 
 def _range(rows: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     if fmt.symmetric:
         largest = rows.abs().amax(1, keepdim=True)
         return -largest, largest
+    # not aminmax, which is ten times as slow as both on one thread
     return rows.amin(1, keepdim=True).clamp_max(0.0), rows.amax(1, keepdim=True).clamp_min(0.0)
 
 
-def _levels(codes: torch.Tensor, fmt: Format, zero_points: torch.Tensor | None) -> torch.Tensor:
-    if zero_points is not None:
-        return codes - zero_points
-    return codes + 0.5 if fmt.bits == 1 else codes
-
-
-def _rounded(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, fmt: Format) -> _Rounded:
-    steps = 2**fmt.bits - 1
-    if fmt.symmetric:
-        scale = _stored(high / max(2 ** (fmt.bits - 1) - 1, 1))
-        if fmt.bits == 1:
-            codes = torch.where(rows >= 0, 0.0, -1.0)
-        else:
-            codes = (rows / scale).round_().clamp_(-(2 ** (fmt.bits - 1)), 2 ** (fmt.bits - 1) - 1)
-        return codes, scale, None
-    scale = _stored((high - low) / steps)
-    zero = (-low / scale).round_().clamp_(0, steps)
-    codes = (rows / scale + zero).round_().clamp_(0, steps)
-    return codes, scale, zero
-
-
-def _stored(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
-
-
-def _least_error(rows: torch.Tensor, fmt: Format) -> Range:
-    low, high = _range(rows, fmt)
-    factor = torch.ones_like(high)
-    error = torch.full_like(high, torch.inf)
-
-    def look(tried: torch.Tensor) -> None:
-        nonlocal factor, error
-        codes, scales, zero_points = _rounded(rows, low * tried, high * tried, fmt)
-        off = _levels(codes, fmt, zero_points).mul_(scales).sub_(rows)
-        tried_error = off.square_().sum(1, keepdim=True)
-        better = tried_error < error
-        factor = torch.where(better, tried, factor)
-        error = torch.where(better, tried_error, error)
-
-    step = 0.1
-    for number in range(9):
-        look(torch.full_like(high, 1.0 - number * step))
-    for _ in range(4):
-        step /= 2
-        centre = factor
-        look(centre - step)
-        look((centre + step).clamp_max(1.0))
-    return low * factor, high * factor
-
-
-def fake_quantize_activation(
-    values: torch.Tensor, fmt: Format, limits: tuple[float, float] | None = None
-) -> torch.Tensor:
-    """Return activations as an integer kernel sees them.
-
-    `limits` is a calibrated range (static); without it each sample (first axis) takes its own
-    range, as dynamic kernels do at batch one. The range always holds zero. Computed in float32
-    or wider, as kernels do; the result has the dtype of `values`.
-    """
-    if fmt.is_native:
-        return values
-    dtype = values.dtype
-    values = values.to(torch.promote_types(dtype, torch.float32))
-    if limits is None:
-        flat = values.flatten(1) if values.ndim > 1 else values.reshape(1, -1)
-        shape = (-1,) + (1,) * (values.ndim - 1)
-        low = flat.amin(1).clamp_max(0.0).reshape(shape)
-        high = flat.amax(1).clamp_min(0.0).reshape(shape)
-    else:
-        low, high = values.new_tensor(limits[0]), values.new_tensor(limits[1])
-    if fmt.symmetric:
-        largest = torch.maximum(-low, high)
-        top = max(2 ** (fmt.bits - 1) - 1, 1)
-        scale = (largest / top).clamp_min(1e-12)
-        rounded = (values / scale).round().clamp(-top - 1, top)
-        return torch.mul(rounded, scale).to(dtype)
-    steps = 2**fmt.bits - 1
-    scale = ((high - low) / steps).clamp_min(1e-12)
-    zero = (-low / scale).round()
-    rounded = (values / scale + zero).round().clamp(0, steps)
-    return torch.mul(rounded - zero, scale).to(dtype)
+def _wide_scale(high: torch.Tensor) -> torch.Tensor:
+    """Return the scale of the int8 tensor, of which narrower ones are powers of two times."""
+    return as_half(high / (2 ** (_WIDE - 1) - 1))
