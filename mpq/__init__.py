@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mpq.nn.timesteps import timestep_calibration
     from mpq.pipeline import run_job, search
     from mpq.planning import plan
+    from mpq.preparing import prepared
     from mpq.referee.compare import compare_metrics
     from mpq.result import SearchResult
     from mpq.store.store import open_store
@@ -61,6 +62,7 @@ _LATER = {
     "least_cost": "solvers.least_cost",
     "open_store": "mpq.store.store",
     "plan": "mpq.planning",
+    "prepared": "mpq.preparing",
     "run_job": "mpq.pipeline",
     "search": "mpq.pipeline",
     "shadow_prices": "solvers.shadow",
@@ -123,6 +125,7 @@ __all__ = [
     "parse_format",
     "parse_scheme",
     "plan",
+    "prepared",
     "run_job",
     "search",
     "shadow_prices",

@@ -25,7 +25,7 @@ from mpq.core.provenance import cost_label
 from mpq.core.risk import risk_of
 from mpq.core.tables import Cells, CostTable, SensitivityTable
 from mpq.costing import Hardware
-from mpq.intake import graph_of, load, sample_of, served_of
+from mpq.intake import graph_of, load, sample_of, served_of, with_transforms
 from mpq.jobfile import parse_job
 from mpq.nn.batches import num_samples
 from mpq.progress import Silent
@@ -59,6 +59,7 @@ def dry_run(spec: JobSpec, store: Store) -> DryRun:
         seed=spec.seed,
         trial=True,
     )
+    given = with_transforms(spec, given)
     graph = graph_of(spec, given)
     beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
     hardware = Hardware(spec, budgets, store, Silent(), beside, served_of(spec, given, graph))

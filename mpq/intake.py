@@ -19,17 +19,23 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.limits import Limit
 from mpq.core.profiles import Profile
+from mpq.core.tables import Cells
 from mpq.data import Data, load_data
 from mpq.models import load_batches, load_function, load_model
+from mpq.nn.batch_norm import batch_norms
 from mpq.nn.batches import Batch, ambiguity, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
+from mpq.nn.correction import InputMeans
 from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest, output_digest
 from mpq.nn.graph import build_graph
+from mpq.nn.input_means import input_means, with_added_biases
+from mpq.nn.observers import get_observer
 from mpq.nn.patch import evaluating
 from mpq.nn.quality import QUALITIES, Quality, degradations, get_quality
 from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
 from mpq.nn.workload import Evaluate, Loss, Workload
+from mpq.preparing import prepared
 from mpq.profiles import Served, profile_batches, served_profiles
 
 _ZERO = 1e-5  # what rounding may leave of the difference of equal outputs
@@ -102,6 +108,14 @@ def _load_qualities(sources: Mapping[str, Any]) -> dict[str, Quality]:
     }
 
 
+def with_transforms(spec: JobSpec, given: Given) -> Given:
+    """Return the objects of a job with the network after its transforms, a copy."""
+    if not spec.transforms:
+        return given
+    network = prepared(given.model, given.calibration, spec.transforms, seed=spec.seed)
+    return replace(given, model=network)
+
+
 def sample_of(given: Given) -> Batch:
     """Return the sample: the user's, or the first calibration sample alone."""
     return cut(given.calibration[0], 0, 1) if given.sample is None else given.sample
@@ -153,14 +167,19 @@ def make_workload(
     qualities = _qualities(spec, given)
     _check_qualities(given.model, qualities, given.calibration[0])
     divergence = OutputDivergence(detect(output) if spec.divergence == "auto" else spec.divergence)
+    get_observer(spec.observer)
     if any(not s.activations.is_native for schemes in cells.schemes for s in schemes):
-        static = {
-            layer
-            for unit, schemes in zip(graph.units, cells.schemes, strict=True)
-            for layer in unit.layers
-            if any(scheme.activations.static for scheme in schemes)
-        }
-        graph = with_input_ranges(given.model, graph, given.calibration, static)
+        graph = _with_ranges(spec, given, graph, cells)
+    means: InputMeans = {}
+    if "bias" in spec.corrections:
+        means, why_not = input_means(given.model, graph, given.calibration)
+        for name, why in why_not.items():
+            warnings.warn(f"no bias correction of {name!r}: {why}", MpqWarning, stacklevel=2)
+        graph = with_added_biases(given.model, graph, means)
+    if "batch_norm" in spec.corrections:
+        batch_norms(given.model)
+    batch_keys = batches_digest(given.calibration)
+    corrected = (spec.corrections, means, batch_keys) if spec.corrections else ()
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
@@ -169,6 +188,7 @@ def make_workload(
         graph.input_ranges,
         divergence.kind,
         (spec.clip, QUANTIZER_VERSION),
+        *corrected,
     )
     return Workload(
         model=given.model,
@@ -185,8 +205,30 @@ def make_workload(
         seed=spec.seed,
         num_probes=spec.num_probes,
         key=key,
-        batch_keys=batches_digest(given.calibration),
+        input_means=means,
+        reestimate="batch_norm" in spec.corrections,
+        batch_keys=batch_keys,
         held_out_keys=batches_digest(given.held_out),
+    )
+
+
+def _with_ranges(spec: JobSpec, given: Given, graph: LayerGraph, cells: Cells) -> LayerGraph:
+    """Return the graph with the static input ranges that any choice needs.
+
+    A range is for the fewest bits that the layer's inputs may take.
+    """
+    static: set[str] = set()
+    bits: dict[str, int] = {}
+    layers = graph.by_name
+    for unit, schemes in zip(graph.units, cells.schemes, strict=True):
+        formats = [s.activations for s in schemes if not s.activations.is_native]
+        if any(fmt.static for fmt in formats):
+            static.update(unit.layers)
+        for name in unit.layers if formats else ():
+            reader = layers[name].source if layers[name].is_input else name
+            bits[reader] = min(fmt.bits for fmt in formats)
+    return with_input_ranges(
+        given.model, graph, given.calibration, static, observer=spec.observer, bits=bits
     )
 
 

@@ -19,7 +19,15 @@ from mpq.choices import scheme_texts
 from mpq.choosing import Measure, choose
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.jobs import Clip, Divergence, JobSpec, OnIndivisible, RunState, given_groups
+from mpq.core.jobs import (
+    Clip,
+    Correction,
+    Divergence,
+    JobSpec,
+    OnIndivisible,
+    RunState,
+    given_groups,
+)
 from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
@@ -34,7 +42,7 @@ from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.executing import executor_for
 from mpq.families import within_families
 from mpq.frontiers import keep_frontiers
-from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
+from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of, with_transforms
 from mpq.limited import against_unquantized
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
@@ -78,6 +86,9 @@ def search(
     activations: Literal["tied", "apart"] = "tied",
     activation_schemes: Sequence[str] | None = None,
     clip: Clip = "minmax",
+    transforms: Sequence[str] = (),
+    observer: str = "minmax",
+    corrections: Sequence[Correction] = (),
     on_indivisible: OnIndivisible = "refuse",
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
@@ -122,25 +133,26 @@ def search(
     what becomes of groups that do not divide a layer: "refuse", or "channel", a scale for each
     channel. `kv_cache=True`, or {"context": 4096, "batch": 8}, searches the KV caches of a language
     model too, `activations` "apart" the inputs of layers apart from weights (see JobSpec for their
-    schemes). `quality` is {name: function}, by name (mpq.nn.quality), entry point or as it is; with
-    it the sum of the
-    qualities, each over the best uniform scheme's, decides instead of the divergence, and
-    `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
-    that move it most). `limits` such as "accuracy >= 0.99" or "accuracy drop <= 1%" must be met
-    on calibration data. `minimise`, "memory" or {"memory": 1.0, "latency": 2e6}, turns the
+    schemes). `transforms`, `observer` and `corrections` are the calibration pipeline (JobSpec).
+    `quality` is {name: function}, by name (mpq.nn.quality), entry point or as it is; with it the
+    sum of the qualities, each over the best uniform scheme's, decides instead of the divergence,
+    and `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto":
+    those that move it most). `limits` such as "accuracy >= 0.99" or "accuracy drop <= 1%" must be
+    met on calibration data. `minimise`, "memory" or {"memory": 1.0, "latency": 2e6}, turns the
     question round: the least of a cost at which all limits are met, whatever the budgets. The
-    metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring
-    ends early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The
-    solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
-    `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to.
-    Each budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as
-    they are; solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port"), by
-    workers that take `worker_resources` such as {"gpu": 1}; tries and grace of tasks: see JobSpec.
+    metric "auto" scores by several within `metric_seconds` and lets measurements pick. Scoring ends
+    early at a `precision`: a relative standard error, or "settled" (mpq.adaptive). The solvers
+    "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations within
+    `trial_seconds`; `study` is the URL of a database that Optuna's trials are copied to. Each
+    budget on measured times holds with probability `risk` (None: 0.95; 0.5 takes them as they are;
+    solvers.risk). Tasks run on the Ray cluster at `ray_address` ("auto", "host:port"), by workers
+    that take `worker_resources` such as {"gpu": 1}; tries and grace of tasks: see JobSpec.
 
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
     """
     lists = {"skip": skip, "limits": limits, "kv_schemes": kv_schemes}
+    lists |= {"transforms": transforms, "corrections": corrections}
     lists["activation_schemes"] = activation_schemes
     check_asked(budgets, minimise, pin, quality, groups, lists)
     budgets = () if budgets is None else budgets
@@ -161,6 +173,9 @@ def search(
         metric=metric,
         solver=solver,
         clip=clip,
+        transforms=tuple(transforms),
+        observer=observer,
+        corrections=tuple(corrections),
         on_indivisible=on_indivisible,
         skip=tuple(skip),
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
@@ -244,6 +259,7 @@ def run(
             get_solver(spec.solver)
         check_trials(spec, store)
         budgets = [BudgetText.parse(text) for text in spec.budgets]
+        given = with_transforms(spec, given)
         beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
         graph = graph_of(spec, given)
         served = served_of(spec, given, graph)

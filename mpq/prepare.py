@@ -15,6 +15,7 @@ from mpq.core.risk import risk_of
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
 from mpq.nn.batches import Batch
+from mpq.nn.transforms import reports_of
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
 from mpq.scoring import search_ranges
@@ -52,6 +53,9 @@ def prepare(
     store.put_graph(run_id, workload.graph)
     if workload.model.training:
         store.log(run_id, "mode", "the model came in training mode; it was scored in eval mode")
+    for report in reports_of(workload.model):
+        for line in report.lines:
+            store.log(run_id, "transform", line)
     for reason in hardware.left_out:
         store.log(run_id, "left out", reason)
     costs = hardware.tables(workload.graph, workload.cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,10 +15,11 @@ from mpq.core.budgets import Budget, BudgetText
 from mpq.core.chosen import Chosen
 from mpq.core.constraints import Constraint
 from mpq.core.deployment import Deployment
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.formats import Scheme
 from mpq.core.frontier import Chain, Frontier, Surface
+from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.least_cost import LeastCost
 from mpq.core.problem import Allocation, Problem, Solution
@@ -87,6 +89,13 @@ def least_within(
     ]
     found = least_cost(replace(asked, constraints=(*asked.constraints, *caps)), of, score)
     return replace(found, budgets=asked.budgets)
+
+
+def _pipeline(spec: JobSpec) -> dict[str, str]:
+    """Return what is not the usual of the calibration pipeline, as plain data."""
+    names = {"transforms": spec.transforms, "corrections": spec.corrections}
+    told = {what: ", ".join(given) for what, given in names.items() if given}
+    return told if spec.observer == "minmax" else {**told, "observer": spec.observer}
 
 
 class SearchResult:
@@ -245,18 +254,16 @@ class SearchResult:
             draws = usual_draws(problem) or 20
         return stability(problem, solve(problem), draws, seed)
 
-    def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Return a context manager in which `model` computes as the chosen allocation would."""
-        from mpq.nn.patch import quantized
-        from mpq.nn.quantizers import WeightQuantizer
+    def apply(self, model: nn.Module, calibration: Any = None) -> AbstractContextManager[nn.Module]:
+        """Return a context manager in which `model` computes as the chosen allocation would.
+
+        After a search with transforms `model` is the prepared network (`mpq.prepared`).
+        Corrections are made again on `calibration`, by default the batches of the job.
+        """
+        from mpq.applied import applied
 
         spec = self.store.run(self.run_id).spec
-        return quantized(
-            model,
-            self.allocation,
-            quantizer=WeightQuantizer(spec.clip),
-            limits=self.graph.input_ranges,
-        )
+        return applied(spec, self.graph, self.allocation, self.store, model, calibration)
 
     @property
     def chosen(self) -> Chosen:
@@ -283,6 +290,7 @@ class SearchResult:
                 "metric": self.problem.sensitivity.metric,
                 "calibration_data": record.calibration_data or None,
                 "clip": record.spec.clip,
+                **_pipeline(record.spec),
                 "solver": solution.solver,
                 "status": str(solution.status),
                 **{k: v if math.isfinite(v) else None for k, v in numbers.items()},
@@ -302,6 +310,14 @@ class SearchResult:
         """
         from mpq.export import export_allocation
 
+        spec = self.store.run(self.run_id).spec
+        for what in ("transforms", "corrections"):
+            if names := getattr(spec, what):
+                warnings.warn(
+                    f"the file holds formats only: {what} {list(names)} of the run are not in it",
+                    MpqWarning,
+                    stacklevel=2,
+                )
         return export_allocation(target, self.chosen, path, **options)
 
     def deploy(

@@ -6,6 +6,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mpq.candidates import Proposal
 from mpq.core.evaluation import CHOSEN
 from mpq.export.packed import write_packed
@@ -22,6 +24,7 @@ def weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> No
             workload.graph,
             chosen.allocation,
             workload.quantizer,
+            _corrected(workload, chosen),
         )
     totals = chosen.solution.totals
     assert totals is not None
@@ -37,3 +40,15 @@ def weigh(chosen: Proposal, workload: Workload, store: Store, run_id: str) -> No
             )
     header = packed.file_bytes - packed.tensor_bytes
     store.log(run_id, "file", f"packed file: {packed.tensor_bytes} bytes + {header} of header")
+
+
+def _corrected(workload: Workload, chosen: Proposal) -> dict[str, torch.Tensor]:
+    """Return what corrections make of biases and statistics; a bias that is not needed is zero."""
+    if not workload.input_means and not workload.reestimate:
+        return {}
+    with workload.quantized_as(chosen.allocation) as model:
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {
+        part.name: state.get(part.name, torch.zeros(part.elements))
+        for part in workload.graph.unsearched
+    }

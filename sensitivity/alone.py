@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from mpq.core.formats import Scheme
-from mpq.nn.patch import quantized
 from mpq.nn.workload import Workload
 from sensitivity.sweep import Floats, Function, Variant, sweep
 
@@ -39,13 +38,8 @@ def _context(
 ) -> Callable[[], AbstractContextManager[object]] | None:
     if _changes_nothing(workload, unit, scheme):
         return None
-    return partial(
-        quantized,
-        workload.model,
-        workload.graph.merged(dict.fromkeys(workload.graph.units[unit].layers, scheme)),
-        quantizer=workload.quantizer,
-        limits=workload.graph.input_ranges,
-    )
+    schemes = dict.fromkeys(workload.graph.units[unit].layers, scheme)
+    return partial(workload.quantized_layers, workload.graph.merged(schemes))
 
 
 def _changes_nothing(workload: Workload, unit: int, scheme: Scheme) -> bool:

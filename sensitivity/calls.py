@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
 from mpq.nn.batches import Batch, cut, num_samples, portions, position_mask
+from mpq.nn.input_transform import observe_arriving
 from mpq.nn.patch import evaluating
 from mpq.nn.weights import CacheOf, ExpertWeight, layer_modules
 from mpq.nn.workload import Workload
@@ -122,10 +122,7 @@ class Calls:
                 self._remember_kept(name, module.projection)
                 continue
             # before any hook that quantizes the input: schemes are tried on what arrives
-            handle: RemovableHandle = module.register_forward_pre_hook(
-                lambda _, args, name=name: self._inputs[name].append(args[0].detach()),
-                prepend=True,
-            )
+            handle = observe_arriving(module, self._remember_input(name))
             self._handles.callback(handle.remove)
             self._handles.callback(module.register_forward_hook(self._hook(name)).remove)
         return self
@@ -150,6 +147,12 @@ class Calls:
         weight.requires_grad_(True)
         self._inputs[name].append(weight.new_ones(()).expand(weight.shape))
         self._outputs[name].append(weight)
+
+    def _remember_input(self, name: LayerName) -> Callable[..., None]:
+        def remember(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._inputs[name].append(args[0].detach())
+
+        return remember
 
     def _hook(self, name: LayerName) -> _Hook:
         def remember(

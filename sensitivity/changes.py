@@ -9,6 +9,7 @@ from torch import nn
 
 from mpq.core.formats import Scheme
 from mpq.core.layers import Layer
+from mpq.nn.correction import bias_correction
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
 from mpq.nn.weights import CacheOf, ExpertWeight, weight_of
@@ -24,6 +25,7 @@ class Change:
     A choice that leaves the weight and the input as they are changes nothing, exactly. The output
     of experts is their weight (see `Calls`). Of an input searched apart the weight never changes; a
     KV cache reads and gives the output of its projection, and its formats change what it reads.
+    Where the workload corrects the layer's bias, the correction of a choice is part of its change.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Change:
         self._choices = choices
         self._base = base
         self._layer = layer
+        self._mean = workload.input_means.get(layer.name)
         own = torch.empty(0) if layer.is_cache else weight_of(module).detach()
 
         def stored(scheme: Scheme) -> torch.Tensor:
@@ -66,16 +69,13 @@ class Change:
     def outputs(self, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (choice, change of the output) for every choice that changes something."""
         seen = self._seen(inputs, self._base)
-        changed, others = self._split()
+        changed, _others = self._split()
         step = max(1, _REPLAY_ELEMENTS // max(1, seen.numel()))
         for first in range(0, len(changed), step):
             some = changed[first : first + step]
-            yield from zip(some, self._replayed(seen, some), strict=True)
-        if others:
-            before = replay(self._module, seen, self._weight, None)
-            for i in others:
-                inputs_seen = self._seen(inputs, self._choices[i])
-                yield i, replay(self._module, inputs_seen, self._stored[i], None) - before
+            for i, change in zip(some, self._replayed(seen, some), strict=True):
+                yield i, self._corrected(i, change)
+        yield from self._of_inputs(inputs)
 
     def inner(self, inputs: torch.Tensor, gradient: torch.Tensor, samples: int) -> torch.Tensor:
         """Return <gradient_k, change_c> of each sample, on the processor.
@@ -104,7 +104,18 @@ class Change:
             before = replay(self._module, self._seen(inputs, self._base), self._weight, None)
             for i in others:
                 inputs_seen = self._seen(inputs, self._choices[i])
-                yield i, replay(self._module, inputs_seen, self._stored[i], None) - before
+                after = replay(self._module, inputs_seen, self._stored[i], None)
+                yield i, self._corrected(i, after - before)
+
+    def _corrected(self, choice: int, change: torch.Tensor) -> torch.Tensor:
+        """Return a change of the output with that of the layer's bias."""
+        if self._mean is None or self._stored[choice] is self._weight:
+            return change
+        delta = self._stored[choice] - self._weight
+        added = bias_correction(delta, self._mean, self._layer.channel_axis)
+        if isinstance(self._module, nn.Linear):
+            return change + added
+        return change + added.reshape(1, -1, *(1,) * (change.ndim - 2))
 
     def _split(self) -> tuple[list[int], list[int]]:
         """Return the choices that change only the weight, and those that change the input."""
@@ -160,6 +171,8 @@ class Change:
         """Return the inner products through the weight's gradient of each sample and probe."""
         deltas = torch.stack([(self._stored[i] - self._weight).flatten() for i in changed])
         x = inputs.reshape(samples, -1, inputs.shape[-1])
+        if self._mean is not None:  # dW x - dW E[x]
+            x = x - self._mean.to(x)
         g = gradient.reshape(len(gradient), samples, -1, gradient.shape[-1])
         step = max(1, _GHOST_ELEMENTS // (len(gradient) * deltas.shape[1]))
         found = []

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal
 
-from mpq.core.errors import InvalidInputError
+from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
 from mpq.core.synthetic import SYNTHESISED, Synthetic, is_synthetic
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
+Correction = Literal["bias", "batch_norm"]
+CORRECTIONS: tuple[Correction, ...] = ("bias", "batch_norm")
 OnIndivisible = Literal["refuse", "channel"]
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
@@ -44,13 +46,17 @@ class JobSpec:
     `embeddings` are searched only where asked. `kv_cache` searches the caches of keys and values of
     a language model too, {"context": 4096, "batch": 8} says how much they hold (default: the
     sample's), in one of `kv_schemes` (None: 16 bits, int8, int4 in groups). `activations` "apart"
-    searches the inputs of layers, in `activation_schemes`, apart from weights. Tasks run in the
-    `executor`, "ray" with `num_workers` processes (None: one for each processor) or "serial",
-    here; `ray_address`, "auto" or "host:port", is an existing Ray cluster (None: a local Ray).
-    `worker_resources` is what each worker of Ray takes beside one processor, {"gpu": 1,
-    "device:a100": 1}: with a GPU the network and the batches are on it. A task is tried
-    `task_tries` times and hangs after `task_grace_seconds`, or 20 times the median task where
-    that is longer. Every random draw comes from `seed`.
+    searches the inputs of layers, in `activation_schemes`, apart from weights. `transforms` such as
+    "smooth(0.5)" (mpq.nn.transforms) make the network that is searched of the one that is given,
+    `observer` finds static ranges of layer inputs (mpq.nn.observers), `corrections` are made in the
+    quantized network: "bias" takes back what rounding weights moves mean outputs by, "batch_norm"
+    estimates running statistics again. Tasks run in the `executor`, "ray" with `num_workers`
+    processes (None: one for each processor) or "serial", here; `ray_address`, "auto" or
+    "host:port", is an existing Ray cluster (None: a local Ray). `worker_resources` is what each
+    worker of Ray takes beside one processor, {"gpu": 1, "device:a100": 1}: with a GPU the network
+    and the batches are on it. A task is tried `task_tries` times and hangs after
+    `task_grace_seconds`, or 20 times the median task where that is longer. Every random draw comes
+    from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
@@ -87,6 +93,9 @@ class JobSpec:
     metric: str = "gauss_newton"
     solver: str = "auto"
     clip: Clip = "minmax"
+    transforms: tuple[str, ...] = ()
+    observer: str = "minmax"
+    corrections: tuple[Correction, ...] = ()
     on_indivisible: OnIndivisible = "refuse"
     skip: tuple[str, ...] = ()
     pin: dict[str, str] = field(default_factory=dict)
@@ -133,6 +142,9 @@ class JobSpec:
                 )
         self._check_apart()
         object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
+        for name in self.corrections:
+            if name not in CORRECTIONS:
+                raise unknown("correction", name, CORRECTIONS)
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         if self.study is not None and self.solver not in _WITH_STUDY:

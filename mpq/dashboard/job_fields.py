@@ -42,6 +42,7 @@ class Section:
 
 
 _APART = ("kv_cache", "kv_schemes", "activations", "activation_schemes")
+_PIPELINE = ("clip", "on_indivisible", "transforms", "observer", "corrections")
 _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "What",
@@ -52,7 +53,7 @@ _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "Choices",
         ("schemes", "hardware", "skip", "pin"),
-        ("embeddings", *_APART, "groups", "clip", "on_indivisible"),
+        ("embeddings", *_APART, "groups", *_PIPELINE),
     ),
     ("How", ("metric", "solver", "divergence"), ()),  # and every key that is nowhere else
 )
@@ -144,6 +145,17 @@ _WORDS: dict[str, tuple[str, str, str]] = {
         '[["layer.a", "layer.b"]]',
     ),
     "clip": ("Range of weights", "how it is cut", ""),
+    "transforms": (
+        "Transforms",
+        "exact changes of the network before it is searched, one a line",
+        "smooth(0.5)",
+    ),
+    "observer": (
+        "Static input ranges",
+        "how they are found: minmax, percentile(99.9), mse or kl",
+        "minmax",
+    ),
+    "corrections": ("Corrections", "of the quantized network, one a line", "bias\nbatch_norm"),
     "on_indivisible": ("Groups that do not divide", "refused, or a scale for each channel", ""),
     "metric": ("Metric", "what scores layers", ""),
     "solver": ("Solver", "what chooses", ""),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq.applied import check_prepared
 from mpq.artifacts import restored
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
@@ -33,6 +34,7 @@ from mpq.nn.batches import Batch, call, cut, describe
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
+from mpq.preparing import prepared
 from mpq.report import check_writable
 
 if TYPE_CHECKING:
@@ -79,6 +81,12 @@ def deploy(
     runtime = get_target(target)
     check_writable(Path(path))
     spec = result.store.run(result.run_id).spec
+    if spec.corrections:
+        raise InvalidInputError(
+            "corrections",
+            f"no runtime's file holds the corrections {list(spec.corrections)} of the run: deploy "
+            f"a search without them, or result.apply(model) has them",
+        )
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
     graph = result.graph.without_apart
@@ -152,6 +160,9 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
     if found is not None and not (is_synthetic(found) and served is None and spec.sample):
         data = load_data(found, "calibration", network, served, seed=spec.seed)
     batches = data.batches
+    if spec.transforms and model is None and batches:
+        network = prepared(network, batches, spec.transforms, seed=spec.seed)
+    check_prepared(spec, network)
     if served is None and spec.sample is not None:
         raise _missing("sample", spec.sample)
     if served is None and not batches:

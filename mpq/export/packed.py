@@ -9,6 +9,7 @@ holds the allocation.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +39,19 @@ def write_packed(
     graph: LayerGraph,
     allocation: Allocation,
     quantizer: WeightQuantizer | None = None,
+    corrected: Mapping[str, torch.Tensor] | None = None,
 ) -> PackedFile:
-    """Write the network as `allocation` stores it and count the bytes on disk."""
+    """Write the network as `allocation` stores it and count the bytes on disk.
+
+    `corrected` are biases and statistics that are stored in place of the network's, by name.
+    """
     from safetensors.torch import save_file
 
     quantizer = quantizer or WeightQuantizer()
     stored = {part.name for part in graph.unsearched}
     tensors = {
         name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in {**model.state_dict(keep_vars=True), **(corrected or {})}.items()
         if name in stored
     }
     parameters = dict(model.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.nn.batches import Batch, checked_call
+from mpq.nn.observers import NUM_BINS, Histogram, get_observer
 from mpq.nn.patch import evaluating
 
 
@@ -19,17 +20,27 @@ def with_input_ranges(
     graph: LayerGraph,
     batches: Sequence[Batch],
     static: Container[LayerName] = (),
+    *,
+    observer: str = "minmax",
+    bits: Mapping[LayerName, int] | None = None,
 ) -> LayerGraph:
-    """Return the graph with the smallest and largest input of layers that need a static range.
+    """Return the graph with the input range of layers that need a static one.
 
     Those are the searched convolutions, whose integer kernels have no other, and the layers in
-    `static`. Costs one forward pass over the batches.
+    `static`. `observer` makes the range of what a layer sees (mpq.nn.observers), for codes of
+    `bits` (8 where not given): a layer that may take several formats has one range, and the
+    fewest bits need it most. Costs one forward pass over the batches, two for other observers
+    than "minmax".
     """
+    observe = get_observer(observer)
     kinds = graph.by_name
     searched = [name for unit in graph.units for name in unit.layers]
     wanted = [kinds[n] for n in searched if kinds[n].kind.startswith("conv") or n in static]
     names = dict.fromkeys(_reader(layer) for layer in wanted)
     ranges = _min_max(model, names, batches)
+    if observer != "minmax":
+        seen = histograms(model, ranges, batches)
+        ranges = {name: observe(found, (bits or {}).get(name, 8)) for name, found in seen.items()}
 
     def ranged(layers: Sequence[Layer]) -> tuple[Layer, ...]:
         return tuple(replace(la, input_range=ranges.get(_reader(la))) for la in layers)
@@ -49,6 +60,30 @@ def output_ranges(
     Costs one forward pass over the batches.
     """
     return _min_max(model, names, batches, of_outputs=True)
+
+
+def histograms(
+    model: nn.Module,
+    ranges: Mapping[LayerName, tuple[float, float]],
+    batches: Sequence[Batch],
+) -> dict[LayerName, Histogram]:
+    """Return how the inputs of layers are distributed in their ranges; one forward pass."""
+    modules = dict(model.named_modules())
+    counts = {name: torch.zeros(NUM_BINS, dtype=torch.float64) for name in ranges}
+
+    def hook(name: LayerName) -> RemovableHandle:
+        low, high = ranges[name]
+
+        def observe(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            values = args[0].detach().float().reshape(-1)
+            if high > low:
+                counts[name] += torch.histc(values, NUM_BINS, low, high).double().cpu()
+
+        handle: RemovableHandle = modules[name].register_forward_pre_hook(observe)
+        return handle
+
+    run_observed(model, batches, [hook(name) for name in ranges])
+    return {name: Histogram(counts[name], *ranges[name]) for name in ranges}
 
 
 def _min_max(

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerName
+from mpq.nn.correction import InputMeans, bias_correction
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
 from mpq.nn.weights import CacheOf, ExpertWeight, channel_axis_of, layer_module, weight_of
 
@@ -65,6 +66,7 @@ def quantized(
     *,
     quantizer: WeightQuantizer | None = None,
     limits: Limits | None = None,
+    means: InputMeans | None = None,
 ) -> Iterator[nn.Module]:
     """Run the model as its layers' schemes would: weights and layer inputs fake-quantized.
 
@@ -72,7 +74,9 @@ def quantized(
     on error; a tied weight is replaced wherever it is used. Under the name of a KV cache what is
     kept of its projection's output is quantized. `limits` gives static ranges of
     layer inputs, for convolutions and what is static by its format; others quantize sample by
-    sample. Raises InvalidInputError (`no_range`) for a static format without a range.
+    sample. With `means` the biases of their layers take back what rounding the weight moves the
+    mean of the output by; a layer without a bias gets one.
+    Raises InvalidInputError (`no_range`) for a static format without a range.
     """
     modules = {name: layer_module(model, name) for name in schemes}
     with ExitStack() as restore:
@@ -91,6 +95,12 @@ def quantized(
                 stored = quantizer.fake_quantize(names[id(weight)], own, scheme.weights, axis)
                 if stored is not own:
                     replaced[id(weight)] = nn.Parameter(stored, requires_grad=False)
+            other = replaced.get(id(weight))
+            if other is not None and means and name in means:
+                moved = bias_correction(
+                    other - weight.detach(), means[name], channel_axis_of(module)
+                )
+                restore.enter_context(_with_bias(module, moved))
             if not scheme.activations.is_native:
                 if isinstance(module, ExpertWeight):
                     raise InvalidInputError(
@@ -133,6 +143,18 @@ def _replaced(model: nn.Module, others: Mapping[int, nn.Parameter]) -> Iterator[
                     restore.callback(module._parameters.__setitem__, key, parameter)
                     module._parameters[key] = others[id(parameter)]
         yield
+
+
+@contextmanager
+def _with_bias(module: nn.Module, added: torch.Tensor) -> Iterator[None]:
+    """Add to the bias of a layer; its own comes back as the same object."""
+    own = module._parameters["bias"]
+    moved = added if own is None else own.detach() + added.to(own)
+    module._parameters["bias"] = nn.Parameter(moved, requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters["bias"] = own
 
 
 def _quantize_input(

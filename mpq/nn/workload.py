@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
+from mpq.nn.batch_norm import Statistics, batch_statistics, with_statistics
 from mpq.nn.batches import Batch, checked_call
+from mpq.nn.correction import InputMeans
 from mpq.nn.divergence import OutputDivergence
 from mpq.nn.fingerprint import digest
 from mpq.nn.patch import evaluating, quantized
@@ -24,6 +26,8 @@ from mpq.nn.quantizers import WeightQuantizer
 Loss = Callable[[Any, Batch], torch.Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
+_KEPT_STATISTICS = 4  # allocations whose batch-norm statistics a worker remembers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -32,6 +36,9 @@ class Workload:
     `key` names the network, its data and everything else scores depend on, except the batch,
     which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
     batch memory allows at once (None: all), on which no result depends but for the order of sums.
+    Layers in `input_means` have their biases corrected where they are quantized; with `reestimate`
+    the batch-norm statistics of a quantized network are those of the calibration batches, which
+    `statistics` remembers of the last allocations.
     `data` tells where the calibration batches came from.
     """
 
@@ -47,6 +54,9 @@ class Workload:
     qualities: Mapping[str, Quality] = field(default_factory=dict)
     seed: int = 0
     num_probes: int = 2
+    input_means: InputMeans = field(default_factory=dict)
+    reestimate: bool = False
+    statistics: dict[str, Statistics] = field(default_factory=dict, compare=False, repr=False)
     at_once: int | None = None
     key: str = ""
     batch_keys: tuple[str, ...] = ()
@@ -76,12 +86,35 @@ class Workload:
 
     def quantized_as(self, allocation: Allocation) -> AbstractContextManager[nn.Module]:
         """Return a context in which the network runs as `allocation`; an empty one: as it is."""
+        if not allocation:
+            return self.quantized_layers({})
+        if not self.reestimate:
+            return self.quantized_layers(self.layer_schemes(allocation))
+        return self._reestimated_as(allocation)
+
+    def quantized_layers(
+        self, schemes: Mapping[LayerName, Scheme]
+    ) -> AbstractContextManager[nn.Module]:
+        """Return a context in which some layers run in a scheme, with batch norms as they are."""
         return quantized(
             self.model,
-            self.layer_schemes(allocation) if allocation else {},
+            schemes,
             quantizer=self.quantizer,
             limits=self.graph.input_ranges,
+            means=self.input_means,
         )
+
+    @contextmanager
+    def _reestimated_as(self, allocation: Allocation) -> Iterator[nn.Module]:
+        with self.quantized_layers(self.layer_schemes(allocation)) as model:
+            name = digest(allocation.text())
+            if name not in self.statistics:
+                found = batch_statistics(model, self.calibration, self.at_once)
+                while len(self.statistics) >= _KEPT_STATISTICS:
+                    self.statistics.pop(next(iter(self.statistics)))
+                self.statistics[name] = found
+            with with_statistics(model, self.statistics[name]):
+                yield model
 
     def evaluating(self, number: int, split: str = "calibration") -> AbstractContextManager[object]:
         """Return a context for passes over a batch: eval mode, random draws are of its content."""
