@@ -1,0 +1,1 @@
+"""Roundings better than nearest, one file each."""
