@@ -10,6 +10,7 @@ from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.patterns import matching
 from mpq.core.tables import Cells
+from mpq.nn.rounding import check_rounding
 
 
 def parse_schemes(texts: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
@@ -92,6 +93,7 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"{scheme} does not fit layer {layer.name!r}: {error}; leave the layer out with "
             f"skip=[{layer.name!r}], pin it to another scheme, or use a per-channel format",
         ) from None
+    check_rounding(layer, scheme.weights)
     if layer.why_weights_only and not scheme.activations.is_native:
         raise InvalidInputError(
             "scheme",

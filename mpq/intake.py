@@ -27,6 +27,7 @@ from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating
 from mpq.nn.quality import QUALITIES, Quality, degradations, get_quality
 from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
+from mpq.nn.rounding import ROUNDING_VERSION
 from mpq.nn.workload import Evaluate, Loss, Workload
 from mpq.profiles import Served, profile_batches, served_profiles
 
@@ -135,13 +136,17 @@ def make_workload(
             if any(scheme.activations.static for scheme in schemes)
         }
         graph = with_input_ranges(given.model, graph, given.calibration, static)
+    batch_keys = batches_digest(given.calibration)
+    made = any(s.weights.made_ahead for schemes in cells.schemes for s in schemes)
+    # What is made of all batches makes the scores of each depend on all.
+    of_all = (ROUNDING_VERSION, batch_keys, spec.num_probes, spec.seed) if made else ()
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
         output_digest(output),
         graph.input_ranges,
         divergence.kind,
-        (spec.clip, QUANTIZER_VERSION),
+        (spec.clip, QUANTIZER_VERSION, *of_all),
     )
     return Workload(
         model=given.model,
@@ -157,7 +162,7 @@ def make_workload(
         seed=spec.seed,
         num_probes=spec.num_probes,
         key=key,
-        batch_keys=batches_digest(given.calibration),
+        batch_keys=batch_keys,
         held_out_keys=batches_digest(given.held_out),
     )
 

@@ -33,6 +33,7 @@ from mpq.executing import executor_for
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
+from mpq.making import keep_made
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
@@ -311,7 +312,9 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         )
     within = plain.with_budgets(chosen.solution.budgets)
     keep_frontiers(within, spec, store, run_id, workers.progress)
-    _compare(chosen, criterion, problem, workload, measured, store, run_id)
+    uniform = _compare(chosen, criterion, problem, workload, measured, store, run_id)
+    kept = [chosen.allocation, *uniform]
+    keep_made(store, run_id, workload.graph, workload.quantizer, kept)
     weigh(chosen, workload, store, run_id)
 
 
@@ -355,17 +358,18 @@ def _compare(
     measured: Measure,
     store: Store,
     run_id: str,
-) -> None:
+) -> list[Allocation]:
     """Measure the chosen allocation and the best uniform scheme that fits on held-out data.
 
-    One that meets the limits comes before those that do not. Without held-out batches only the
-    user's metrics are measured.
+    Returns the uniform one, if any fits. One that meets the limits comes before those that do not.
+    Without held-out batches only the user's metrics are measured.
     """
+    best = _best_uniform(problem, criterion, store.evaluations(run_id))
     split = "held_out" if workload.held_out else "calibration"
     if not workload.held_out:
         store.log(run_id, "not checked", "no held-out batches were given")
         if workload.evaluate is None:
-            return
+            return list(best.values())
     candidates = [
         Candidate(
             name=CHOSEN,
@@ -376,16 +380,26 @@ def _compare(
         ),
         Candidate(name="unquantized", split=split, allocation=Allocation({}), with_metrics=True),
     ]
-    evaluated = {e.candidate: e for e in store.evaluations(run_id) if e.split == "calibration"}
+    candidates += [
+        Candidate(name=name, split=split, allocation=allocation, with_metrics=True)
+        for name, allocation in best.items()
+    ]
+    measured(candidates)
+    return list(best.values())
+
+
+def _best_uniform(
+    problem: Problem, criterion: Criterion, evaluations: Sequence[Evaluation]
+) -> dict[str, Allocation]:
+    """Return the best uniform scheme that fits, by its name, or nothing."""
+    evaluated = {e.candidate: e for e in evaluations if e.split == "calibration"}
     fitting = {
         f"uniform {scheme}": allocation
         for scheme, allocation in problem.uniform().items()
         if problem.fits(allocation)
     }
-    if fitting:
-        allowed = [name for name in fitting if criterion.allows(evaluated[name])]
-        name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
-        candidates.append(
-            Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
-        )
-    measured(candidates)
+    allowed = [name for name in fitting if criterion.allows(evaluated[name])]
+    if not fitting:
+        return {}
+    name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
+    return {name: fitting[name]}

@@ -36,6 +36,7 @@ from solvers.risk import at_risk, with_quantiles
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpq.nn.quantizers import WeightQuantizer
     from mpq.what_if import RunWhatIf
 
 
@@ -253,15 +254,23 @@ class SearchResult:
     def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """Return a context manager in which `model` computes as the chosen allocation would."""
         from mpq.nn.patch import quantized
-        from mpq.nn.quantizers import WeightQuantizer
 
-        spec = self.store.run(self.run_id).spec
         return quantized(
             model,
             self.allocation,
-            quantizer=WeightQuantizer(spec.clip),
+            quantizer=self.quantizer,
             limits=self.graph.input_ranges,
         )
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """What stores weights as the search did: those made of calibration data were kept.
+
+        These are the weights of the chosen allocation and of the best uniform one that fits.
+        """
+        from mpq.making import quantizer_of
+
+        return quantizer_of(self.store, self.run_id, self.store.run(self.run_id).spec.clip)
 
     @property
     def chosen(self) -> Chosen:

@@ -28,7 +28,6 @@ from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
 from mpq.nn.batches import Batch, call, check_batches, cut, describe
 from mpq.nn.patch import evaluating, quantized
-from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 from mpq.report import check_writable
 
@@ -78,7 +77,7 @@ def deploy(
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
-    schemes, quantizer = dict(result.allocation), WeightQuantizer(spec.clip)
+    schemes, quantizer = dict(result.allocation), result.quantizer
     exported = runtime.export(network.model, result.graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
     searched = partial(quantized, schemes=schemes, quantizer=quantizer)

@@ -13,7 +13,7 @@ from mpq.nn.layer_data import why_no_data
 from mpq.nn.quantizers import grid_of
 from mpq.nn.rounding.adaround import AdaRound
 from mpq.nn.rounding.flexround import FlexRound
-from mpq.nn.rounding.layerwise import Stored, Wanted, layerwise
+from mpq.nn.rounding.layerwise import Stored, Wanted, data_of, data_wanted, layerwise
 from mpq.nn.rounding.learned import learned
 from mpq.nn.workload import Workload
 
@@ -65,3 +65,15 @@ def made_ahead(workload: Workload, wanted: Wanted) -> Iterator[Stored]:
         }
         if some:
             yield from rounding(workload, some)
+
+
+__all__ = [
+    "ROUNDINGS",
+    "ROUNDING_VERSION",
+    "Stored",
+    "Wanted",
+    "check_rounding",
+    "data_of",
+    "data_wanted",
+    "made_ahead",
+]
