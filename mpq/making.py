@@ -37,9 +37,9 @@ def make_ahead(workload: Workload, progress: Progress) -> None:
     """
     wanted: dict[ParameterName, tuple[Layer, list[Format]]] = {}
     for unit, schemes in zip(workload.graph.units, workload.cells.schemes, strict=True):
-        formats = dict.fromkeys(s.weights for s in schemes if s.weights.made_ahead)
-        for layer in workload.graph.stored_layers(unit) if formats else ():
-            wanted[layer.weight_id] = (layer, list(formats))
+        made = [s.weights for s in schemes if s.weights.made_ahead]
+        for layer in workload.graph.stored_layers(unit) if made else ():
+            wanted[layer.weight_id] = (layer, list(dict.fromkeys(made)))
     for layer, formats in wanted.values():
         for fmt in formats:
             if missing := data_wanted(fmt) - data_of(layer, fmt):
@@ -93,4 +93,3 @@ def quantizer_of(store: Store, run_id: str, clip: Clip) -> WeightQuantizer:
             weight_id, _, part = rest.rpartition("|")
             made.setdefault((weight_id, parse_format(text)), {})[part] = array
     return WeightQuantizer(clip, made=made)
-

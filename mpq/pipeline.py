@@ -15,7 +15,7 @@ from mpq.artifacts import parts_of
 from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
-from mpq.choosing import Measure, choose
+from mpq.choosing import Measure, best_uniform, choose
 from mpq.core.errors import InvalidInputError, MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
@@ -364,7 +364,7 @@ def _compare(
     Returns the uniform one, if any fits. One that meets the limits comes before those that do not.
     Without held-out batches only the user's metrics are measured.
     """
-    best = _best_uniform(problem, criterion, store.evaluations(run_id))
+    best = best_uniform(problem, criterion, store.evaluations(run_id))
     split = "held_out" if workload.held_out else "calibration"
     if not workload.held_out:
         store.log(run_id, "not checked", "no held-out batches were given")
@@ -386,20 +386,3 @@ def _compare(
     ]
     measured(candidates)
     return list(best.values())
-
-
-def _best_uniform(
-    problem: Problem, criterion: Criterion, evaluations: Sequence[Evaluation]
-) -> dict[str, Allocation]:
-    """Return the best uniform scheme that fits, by its name, or nothing."""
-    evaluated = {e.candidate: e for e in evaluations if e.split == "calibration"}
-    fitting = {
-        f"uniform {scheme}": allocation
-        for scheme, allocation in problem.uniform().items()
-        if problem.fits(allocation)
-    }
-    allowed = [name for name in fitting if criterion.allows(evaluated[name])]
-    if not fitting:
-        return {}
-    name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
-    return {name: fitting[name]}

@@ -14,11 +14,12 @@ from mpq.nn.quantizers.stored import LayerData
 from mpq.nn.rounding.gptq import gptq, squared_change
 from tests.oracles_rounding import plain_gptq
 
+TEXTS = (
+    *("int3", "int4a", "int2g16", "int4g48a", "int3t", "int5of8", "uint4", "int1"),
+    *("fp4_e2m1", "fp6_e3m2g32", "nf4g48", "mxfp4", "nvfp4", "bipolar3", "ternaryg16"),
+)
 ON_GRID = [
-    text
-    for text in ("int3", "int4a", "int2g16", "int4g48a", "int3t", "int5of8", "uint4", "int1")
-    + ("fp4_e2m1", "fp6_e3m2g32", "nf4g48", "mxfp4", "nvfp4", "bipolar3", "ternaryg16")
-    if parse_format(text).family in FAMILIES and grid_of(parse_format(text))
+    text for text in TEXTS if parse_format(text).family in FAMILIES and grid_of(parse_format(text))
 ]
 
 

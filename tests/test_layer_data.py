@@ -69,7 +69,7 @@ def convolutions() -> Workload:
 
 def gathered(of: Workload, *want: str) -> dict[str, LayerData]:
     names = dict.fromkeys(layer.weight_id for layer in of.graph.layers)
-    return dict(layer_data(of, {name: want for name in names}))  # type: ignore[misc]
+    return dict(layer_data(of, dict.fromkeys(names, want)))  # type: ignore[misc]
 
 
 def inputs_of(of: Workload) -> dict[str, list[torch.Tensor]]:
@@ -102,7 +102,8 @@ def test_grams_of_linear_layers_leave_masked_positions_out_and_add_tied_layers_u
         ]
         expected = sum(torch.outer(row, row) for row in rows)
         torch.testing.assert_close(found[f"{name}.weight"].gram, expected.float())
-    assert found["q.weight"].outputs is None and found["q.weight"].fisher is None
+    assert found["q.weight"].outputs is None
+    assert found["q.weight"].fisher is None
 
 
 def test_a_tensor_changed_in_place_is_another_input() -> None:
@@ -212,7 +213,8 @@ def test_batches_portions_and_passes_change_nothing(monkeypatch: pytest.MonkeyPa
     assert list(again) == list(whole)
     for name, data in whole.items():
         torch.testing.assert_close(again[name].gram, data.gram)
-        assert data.fisher is not None and torch.equal(again[name].fisher, data.fisher)  # type: ignore[arg-type]
+        assert data.fisher is not None
+        assert torch.equal(again[name].fisher, data.fisher)
 
 
 def test_the_model_is_only_borrowed() -> None:
@@ -221,14 +223,17 @@ def test_the_model_is_only_borrowed() -> None:
     before = {k: v.clone() for k, v in of.model.state_dict().items()}
     state = torch.get_rng_state()
     gathered(of, "gram", "fisher", "outputs")
-    assert of.model.training and all(p.requires_grad for p in of.model.parameters())
+    assert of.model.training
+    assert all(p.requires_grad for p in of.model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in of.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in of.model.modules())
 
 
 def test_layers_that_have_none_are_named() -> None:
-    of = workload(nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), [torch.randn(2, 2, 3, 3)])
+    of = workload(
+        nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), [torch.randn(2, 2, 3, 3)]
+    )
     with pytest.raises(InvalidInputError, match="conv_transpose2d '0' is a transposed convolution"):
         gathered(of, "gram")
 

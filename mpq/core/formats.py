@@ -135,9 +135,9 @@ def parse_format(text: str, role: Role = "weights") -> Format:
     64 weights), a trailing "a" for asymmetric with zero points; "fp6_e3m2", "mxfp4", "nvfp4",
     "nf4g64d", "ternary", "binary" and others (`mpq formats` lists all). Behind it may stand "+r16"
     (a branch of rank 16), "+10%int8" (a tenth of the output channels in int8) or
-    "+25%groups_int4g64", and "@gptq", "@adaround" or "@flexround". Activations: "int8" (asymmetric, one scale for the
-    tensor of a sample, as CPU kernels do), "int8s" (symmetric), "int8static" (one scale for all, of
-    the calibration data; convolutions always have that), "fp8_e4m3", "mxfp8_e4m3", "log2_4", ...
+    "+25%groups_int4g64", and "@gptq", "@adaround" or "@flexround". Activations: "int8" (asymmetric,
+    one scale for the tensor of a sample, as CPU kernels do), "int8s" (symmetric), "int8static" (one
+    scale for all, of the calibration data; convolutions always have that), "fp8_e4m3", ...
     Raises InvalidInputError for anything else.
     """
     if not isinstance(text, str):

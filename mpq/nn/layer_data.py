@@ -174,7 +174,7 @@ def rows_seen(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         for sizes in (module.kernel_size, module.dilation, module.stride)
     )
     patches = F.unfold(inputs, kernel, dilation, 0, stride)  # (samples, channels x kernel, places)
-    grouped = patches.unflatten(1, (module.groups, -1))
+    grouped = patches.reshape(len(patches), module.groups, -1, patches.shape[2])
     return grouped.permute(1, 0, 3, 2)
 
 

@@ -49,7 +49,9 @@ def gptq(
     grid = grid_of(plain)
     if grid is None or data is None or data.gram is None:
         what = "is not on a grid" if grid is None else "needs the Gram of the layer's inputs"
-        raise InvalidInputError("rounding", f"{fmt.text('weights')}: {plain.text('weights')} {what}")
+        raise InvalidInputError(
+            "rounding", f"{fmt.text('weights')}: {plain.text('weights')} {what}"
+        )
     channels = channels_of(weight.detach().float(), channel_axis)
     nearest = grid.store(weight, plain, channel_axis, factor)
     gram = data.gram if data.gram.ndim == 3 else data.gram.unsqueeze(0)
@@ -82,7 +84,8 @@ def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
             break
         diagonal.add_(added)  # float32 sums of inputs that nearly depend on each other
     inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _rounded(
@@ -181,6 +184,4 @@ def _better(
             zero = torch.where(of_rows, zero, nearest.zero_points)
     else:
         scales = found.scales
-    return replace(
-        found, codes=codes.reshape(found.codes.shape), scales=scales, zero_points=zero
-    )
+    return replace(found, codes=codes.reshape(found.codes.shape), scales=scales, zero_points=zero)

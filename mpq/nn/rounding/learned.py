@@ -115,8 +115,11 @@ def learned(
     owners: dict[ParameterName, LayerName] = {name: one.name for name, (one, _) in wanted.items()}
     names = [n for unit in graph.units for n in unit.layers if n in set(owners.values())]
     everything = [layer for unit in graph.units for layer in unit.layers]
-    whole = {layer: block.name for block in blocks_of(workload.model, everything)
-             for layer in block.layers}
+    whole = {
+        layer: block.name
+        for block in blocks_of(workload.model, everything)
+        for layer in block.layers
+    }
     inside: dict[str, list[LayerName]] = {}
     for name in names:
         inside.setdefault(whole[name], []).append(name)
@@ -161,9 +164,7 @@ def plain(fmt: Format) -> Format:
     return replace(fmt, rounding="nearest")
 
 
-def seen_calls(
-    workload: Workload, module: nn.Module, split: str = "calibration"
-) -> list[_Call]:
+def seen_calls(workload: Workload, module: nn.Module, split: str = "calibration") -> list[_Call]:
     """Return the calls of a module by the original network on all batches of a split.
 
     They are cut into parts of 8 samples of a batch.
@@ -238,7 +239,7 @@ def _learn(
                 for one in roundings.values():
                     loss = loss + one.penalty(step / iterations)
                 optimiser.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
             optimiser.step()
         if (step + 1) % _CHECK == 0 or step + 1 == iterations:
             found = {name: one.stored() for name, one in roundings.items()}
