@@ -20,7 +20,7 @@ from mpq.nn.quantizers.stored import StoredWeight
 class FlexRound:
     """The rounding of one weight of integers; zero points are those of nearest."""
 
-    learning_rate = 2e-3
+    learning_rate = 1e-2
     anneals = False
 
     def __init__(

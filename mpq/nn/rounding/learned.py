@@ -26,7 +26,7 @@ from mpq.nn.quantizers.stored import StoredWeight
 from mpq.nn.rounding.blocks import Block, blocks_of
 from mpq.nn.workload import Workload
 
-ITERATIONS = 200
+ITERATIONS = 100
 _SAMPLES = 8  # of a step
 _CHECK = 50  # steps between looks at the error of all calibration data
 _PATIENCE = 2  # looks without a gain after which learning stops
