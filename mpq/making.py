@@ -5,28 +5,22 @@ Whoever takes the chosen network later, without the data, finds its weights in t
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load, save
 
+from mpq.artifacts import MADE, keep_arrays, restored
 from mpq.core.formats import Format, parse_format
 from mpq.core.jobs import Clip
 from mpq.core.layers import Layer, LayerGraph
+from mpq.core.live import ARTIFACT
 from mpq.core.problem import Allocation
 from mpq.nn.patch import ParameterName
 from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.rounding import data_of, data_wanted, made_ahead
 from mpq.nn.workload import Workload
 from mpq.progress import Progress
-from mpq.store.artifacts import read_artifact, write_artifact
 from mpq.store.store import Store
-
-MADE = "made"  # the kind of artifact
-
-Made = dict[tuple[ParameterName, Format], dict[str, torch.Tensor]]
 
 
 def make_ahead(workload: Workload, progress: Progress) -> None:
@@ -64,19 +58,17 @@ def keep_made(
     allocations: Sequence[Allocation],
 ) -> None:
     """Keep the weights made ahead that these allocations take, as an artifact of the run."""
-    taken: dict[str, torch.Tensor] = {}
+    taken: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
     for allocation in allocations:
         for unit in graph.units:
             fmt = allocation[unit.name].weights
             for layer in graph.stored_layers(unit):
-                for part, array in quantizer.made.get((layer.weight_id, fmt), {}).items():
-                    name = f"{fmt.text('weights')}|{layer.weight_id}|{part}"
-                    taken[name] = array.detach().cpu().contiguous()
+                arrays = quantizer.made.get((layer.weight_id, fmt))
+                if arrays is not None:
+                    of_format = taken.setdefault(fmt.text("weights"), {})
+                    of_format[layer.weight_id] = dict(arrays)
     if taken:
-        content = save(taken)
-        digest = hashlib.sha256(content).hexdigest()
-        write_artifact(store, digest, MADE, io.BytesIO(content))
-        store.need_artifact(run_id, digest)
+        store.need_artifact(run_id, keep_arrays(store, taken, "weights made ahead"))
 
 
 def quantizer_of(store: Store, run_id: str, clip: Clip) -> WeightQuantizer:
@@ -84,12 +76,9 @@ def quantizer_of(store: Store, run_id: str, clip: Clip) -> WeightQuantizer:
 
     Raises StorageError where the database lost or damaged them.
     """
-    made: Made = {}
+    made: dict[tuple[ParameterName, Format], dict[str, torch.Tensor]] = {}
     for digest in store.artifacts_of(run_id, MADE):
-        content = io.BytesIO()
-        read_artifact(store, digest, content)
-        for name, array in load(content.getvalue()).items():
-            text, _, rest = name.partition("|")
-            weight_id, _, part = rest.rpartition("|")
-            made.setdefault((weight_id, parse_format(text)), {})[part] = array
+        for text, weights in restored(store, f"{ARTIFACT}{digest}").items():
+            fmt = parse_format(text)
+            made |= {(weight_id, fmt): arrays for weight_id, arrays in weights.items()}
     return WeightQuantizer(clip, made=made)

@@ -2,7 +2,7 @@
 
 Nagel et al. 2020 (2004.10568): w ~ s clip(floor(w / s) + h(V)), h(V) = clip(1.2 sigmoid(V) - 0.1),
 V at first such that h(V) is the fraction of w / s; what keeps h off 0 and 1 is punished by
-mean 1 - |2 h - 1|^beta, with beta falling from 20 to 2 after the first fifth of the steps.
+10 times the mean of 1 - |2 h - 1|^beta, with beta falling from 20 to 2 after the first fifth of the steps.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mpq.nn.quantizers.stored import StoredWeight
 
 _LOW, _HIGH = -0.1, 1.1
 _WARM = 0.2
-_STRENGTH = 1.0
+_STRENGTH = 10.0
 
 
 class AdaRound:
     """The rounding of one weight of integers; scales are those of nearest."""
 
-    learning_rate = 0.03
+    learning_rate = 0.3
     anneals = True
 
     def __init__(
