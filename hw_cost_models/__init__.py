@@ -20,6 +20,7 @@ COST_MODELS: dict[str, str] = {
     "luts": "hw_cost_models.luts:Luts",
     "resident": "hw_cost_models.resident:Resident",
     "peak": "hw_cost_models.resident:Peak",
+    "kv_cache": "hw_cost_models.kv_cache:KvCache",
 }
 # Times of machines that are not here, by how they are written: "roofline:H100".
 HARDWARE: dict[str, str] = {

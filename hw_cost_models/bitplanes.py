@@ -12,6 +12,7 @@ from mpq.core.layers import Layer, LayerGraph
 from mpq.core.tables import Cells, CostTable
 
 _OFFERED = ("int8:int8", "int6:int6", "int4:int8", "int4:int4", "int3:int8", "int2:int8")
+_PLANES = ("int", "uint", "bipolar")
 _EXAMPLE = "bitplanes:a=5e-6,c=1e-16"
 
 
@@ -64,8 +65,9 @@ class BitPlanes:
         """Return why no bit-plane kernel runs a layer in a scheme, "" where one does."""
         if layer.why_weights_only:
             return f"{scheme}: a layer of kind {layer.kind!r} {layer.why_weights_only}"
-        families = {scheme.weights.family, scheme.activations.family}
-        return "" if families == {"int"} else f"{scheme}: bit planes need integers on both sides"
+        formats = (scheme.weights, scheme.activations)
+        plain = all(fmt.family in _PLANES and not fmt.rank and fmt.high is None for fmt in formats)
+        return "" if plain else f"{scheme}: bit planes need integers on both sides"
 
     def seconds(self, layer: Layer, scheme: Scheme) -> float:
         """Return the modelled seconds of all calls of a layer on the sample; 0 if never called."""
@@ -84,9 +86,9 @@ class BitPlanes:
                 return math.nan
             return self.seconds(layer, scheme)
 
-        named, units = graph.by_name, {unit.name: unit.layers for unit in graph.units}
+        units = graph.kernels
         for unit, scheme in cells:
             for layer in units[unit]:
-                if reason := self.why_not(named[layer], scheme):
-                    raise InvalidInputError("no_kernel", f"layer {layer!r}: {reason}")
+                if reason := self.why_not(layer, scheme):
+                    raise InvalidInputError("no_kernel", f"layer {layer.name!r}: {reason}")
         return per_layer_table(self.name, "s", graph, cells, cost, self.provenance)

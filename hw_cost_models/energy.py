@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hw_cost_models.per_layer import per_layer_table
-from hw_cost_models.work import bytes_moved, float_family, work_of
+from hw_cost_models.work import branch_macs, bytes_moved, float_family, work_of
 from mpq.core.formats import Scheme
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.tables import Cells, CostTable
@@ -23,8 +23,9 @@ def mac_joules(layer: Layer, scheme: Scheme) -> float:
     floating point, and so are minifloats, which the source does not have.
     """
     weights, activations = scheme.weights, scheme.activations
-    if weights.family == activations.family == "int":
-        return 1e-12 * (_INT8_MULTIPLY_PJ * weights.bits * activations.bits / 64 + _INT32_ADD_PJ)
+    if weights.arithmetic == activations.arithmetic == "int":
+        bits = weights.mean_bits * activations.bits
+        return 1e-12 * (_INT8_MULTIPLY_PJ * bits / 64 + _INT32_ADD_PJ)
     return 1e-12 * _FLOAT_MAC_PJ[float_family(layer, scheme)]
 
 
@@ -43,7 +44,8 @@ class Energy:
         if not work.calls:
             return 0.0
         moving = 1e-12 * _DRAM_PJ_PER_BYTE * bytes_moved(layer, scheme)
-        return work.macs * mac_joules(layer, scheme) + moving
+        branch = branch_macs(layer, scheme) * 1e-12 * _FLOAT_MAC_PJ["fp16"]
+        return work.macs * mac_joules(layer, scheme) + branch + moving
 
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the joules of every cell."""

@@ -278,8 +278,7 @@ def _half_width(latency: KernelLatency) -> float:
 
 
 def _layers_by_unit(graph: LayerGraph) -> dict[UnitName, tuple[Layer, ...]]:
-    named = graph.by_name
-    return {unit.name: tuple(named[name] for name in unit.layers) for unit in graph.units}
+    return dict(graph.kernels)
 
 
 def _counted(names: Sequence[str]) -> Indices:

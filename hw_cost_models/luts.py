@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hw_cost_models.per_layer import per_layer_table
-from hw_cost_models.work import float_family, work_of
+from hw_cost_models.work import branch_macs, float_family, work_of
 from mpq.core.formats import Format, Scheme, channel_axes
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.tables import Cells, CostTable
@@ -51,8 +51,16 @@ def dsps_per_mac(weight: Element, activation: Element) -> float:
 
 
 def element_of(fmt: Format, family: str) -> Element:
-    """Return the exponent and mantissa bits of a format; `family` is the type of native ones."""
-    return (0, fmt.bits - 1) if fmt.family == "int" else _NATIVE[family]
+    """Return the exponent and mantissa bits of a format; `family` is the type of native ones.
+
+    Codes that are read before they are multiplied (codebooks) are numbers of that type, too.
+    """
+    match fmt.arithmetic:
+        case "int":
+            return 0, max(fmt.bits, fmt.high.bits if fmt.high else 0) - 1
+        case "float":
+            return fmt.bits - 1 - fmt.mantissa, fmt.mantissa
+    return _NATIVE[family]
 
 
 class Luts:
@@ -78,7 +86,12 @@ class Luts:
             element_of(fmt, family) for fmt in (scheme.weights, scheme.activations)
         )
         units = -(-macs // self._cycles)
-        return float(units * luts_per_mac(weight, activation, _depth(layer)))
+        luts = units * luts_per_mac(weight, activation, _depth(layer))
+        if scheme.weights.rank:
+            half = _NATIVE["fp16"]
+            branch = math.ceil(branch_macs(layer, scheme) / self._cycles)
+            luts += branch * luts_per_mac(half, half, _depth(layer))
+        return float(luts)
 
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the LUTs of every cell."""

@@ -24,8 +24,7 @@ def per_layer_table(
     without what lies between layers. `cost` may return NaN for a layer as it is where it does not
     know: then there is no baseline, and outside the search the layer counts nothing.
     """
-    named = graph.by_name
-    units = {unit.name: [named[name] for name in unit.layers] for unit in graph.units}
+    units = graph.kernels
     searched = {layer.name for layers in units.values() for layer in layers}
     as_it_is = {
         layer.name: cost(layer, native_scheme(layer.native_family)) for layer in graph.layers

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hw_cost_models.machines import MACHINES, Machine, get_machine
 from hw_cost_models.memory import storable
 from hw_cost_models.per_layer import per_layer_table
-from hw_cost_models.work import bytes_moved, float_family, work_of
+from hw_cost_models.work import branch_macs, bytes_moved, float_family, work_of
 from mpq.core.errors import unknown
 from mpq.core.formats import Scheme, native_scheme, parse_scheme
 from mpq.core.layers import Layer, LayerGraph
@@ -29,7 +29,8 @@ def computes_in(peaks: Mapping[str, float], layer: Layer, scheme: Scheme) -> str
 
     Native weights: their own type, fp32 where the machine lacks it. Weights alone quantized: they
     are expanded and multiplied in 16-bit floating point. Both quantized: the narrowest arithmetic
-    of their family that holds both, 16-bit floating point where there is none.
+    of their family that holds both, 16-bit floating point where there is none (integers times
+    minifloats, codebooks).
     """
     weights, activations = scheme.weights, scheme.activations
     family = float_family(layer, scheme)
@@ -38,8 +39,10 @@ def computes_in(peaks: Mapping[str, float], layer: Layer, scheme: Scheme) -> str
     half = family if family in peaks else "fp16"
     if activations.is_native:
         return half
-    kind = "int" if weights.family == activations.family == "int" else "fp"
-    widest = max(weights.bits, activations.bits)
+    if not weights.arithmetic or weights.arithmetic != activations.arithmetic:
+        return half
+    kind = "int" if weights.arithmetic == "int" else "fp"
+    widest = max(weights.bits, activations.bits, weights.high.bits if weights.high else 0)
     own = (f"{kind}{bits}" for bits in _ARITHMETIC_BITS if bits >= widest)
     return next((name for name in own if name in peaks), half)
 
@@ -99,7 +102,11 @@ class Roofline:
             return 0.0
         peak = self._peaks[computes_in(self._peaks, layer, scheme)]
         moving = bytes_moved(layer, scheme) / self.machine.bandwidth
-        return max(2 * work.macs / peak, moving) + work.calls * self.machine.launch_s
+        computing = 2 * work.macs / peak
+        if scheme.weights.rank:
+            half = self._peaks.get("fp16", self._peaks["fp32"])
+            computing += 2 * branch_macs(layer, scheme) / half
+        return max(computing, moving) + work.calls * self.machine.launch_s
 
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the modelled seconds of every cell.

@@ -64,6 +64,7 @@ class LatencyTable:
         return f"{scheme}: {self.provenance} has no entry for layer {layer.name!r}{shape}"
 
     def _seconds(self, layer: Layer, scheme: Scheme) -> float | None:
+        scheme = scheme.as_stored
         found = self._layers.get((layer.name, scheme))
         if found is None:
             one = self._shapes.get((_shape_of(layer), scheme))
@@ -73,10 +74,10 @@ class LatencyTable:
     def table(self, graph: LayerGraph, cells: Cells) -> CostTable:
         """Return the seconds of every cell; raises InvalidInputError naming what is missing."""
         searched = {name for unit in graph.units for name in unit.layers}
-        named, units = graph.by_name, {unit.name: unit.layers for unit in graph.units}
+        units = graph.kernels
         for unit, scheme in cells:
-            for name in units[unit]:
-                if reason := self.why_not(named[name], scheme):
+            for layer in units[unit]:
+                if reason := self.why_not(layer, scheme):
                     raise InvalidInputError("no_latency", reason)
 
         def cost(layer: Layer, scheme: Scheme) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hw_cost_models.memory import stored_bytes
 from mpq.core.formats import NATIVE_BITS, Scheme
+from mpq.core.granularity import matrix_of
 from mpq.core.layers import Layer
 
 
@@ -50,6 +51,15 @@ def float_family(layer: Layer, scheme: Scheme) -> str:
     if scheme.weights.is_native:
         return scheme.weights.family
     return layer.native_family if NATIVE_BITS[layer.native_family] == 16 else "fp16"
+
+
+def branch_macs(layer: Layer, scheme: Scheme) -> float:
+    """Return the multiply-accumulates of a low-rank branch beside a layer, in 16 bits."""
+    if not scheme.weights.rank:
+        return 0.0
+    channels, columns = matrix_of(layer.weight_shape, layer.channel_axis)
+    share = scheme.weights.rank * (channels + columns) / (channels * columns)
+    return work_of(layer).macs * share
 
 
 def bytes_moved(layer: Layer, scheme: Scheme) -> float:

@@ -38,6 +38,7 @@ from mpq.core.tables import Cells, CostTable, Responses, SensitivityTable
 if TYPE_CHECKING:
     from mpq.client import Client
     from mpq.export import export_allocation, import_allocation
+    from mpq.nn.timesteps import timestep_calibration
     from mpq.pipeline import run_job, search
     from mpq.planning import plan
     from mpq.referee.compare import compare_metrics
@@ -64,6 +65,7 @@ _LATER = {
     "search": "mpq.pipeline",
     "shadow_prices": "solvers.shadow",
     "solve": "solvers",
+    "timestep_calibration": "mpq.nn.timesteps",
     "together": "solvers.several",
 }
 
@@ -125,6 +127,7 @@ __all__ = [
     "search",
     "shadow_prices",
     "solve",
+    "timestep_calibration",
     "together",
 ]
 

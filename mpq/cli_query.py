@@ -183,6 +183,17 @@ def collect_garbage(
         print_removed(collect(store, limit, **options), dry_run, as_json)
 
 
+@querying.command("formats", rich_help_panel="Inspect")
+def formats(
+    shape: Annotated[str, typer.Option(help="Of the weight, outputs x inputs.")] = "4096x4096",
+    as_json: AsJson = False,
+) -> None:
+    """List the number formats, how they are written and what a weight takes in them."""
+    from mpq.format_listing import parse_shape, print_formats
+
+    print_formats(parse_shape(shape), as_json)
+
+
 @querying.command("doctor", rich_help_panel="Operate")
 def doctor(
     storage: Storage = None,

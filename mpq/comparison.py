@@ -120,11 +120,9 @@ def _chosen(store: Store, run_id: str) -> Solution:
 
 def _layers(store: Store, run_id: str, chosen: Solution) -> dict[str, str]:
     assert chosen.allocation is not None
-    return {
-        layer: str(chosen.allocation[unit.name])
-        for unit in store.graph(run_id).units
-        for layer in unit.layers
-    }
+    graph = store.graph(run_id)
+    found = {layer: chosen.allocation[unit.name] for unit in graph.units for layer in unit.layers}
+    return {layer: str(scheme) for layer, scheme in graph.merged(found).items()}
 
 
 def _of_chosen(evaluations: Sequence[Evaluation]) -> dict[str, tuple[float, float]]:

@@ -21,6 +21,7 @@ from hw_cost_models import (
 from hw_cost_models.latency import MeasuredLatency, Run, noise_note
 from hw_cost_models.measured.backend import KernelBackend
 from hw_cost_models.measured.capability import BACKEND
+from mpq.apart import check_costs, schemes_apart, weights_alone
 from mpq.choices import parse_schemes
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Format, PerGroup, Scheme, native_scheme, parse_scheme
@@ -48,6 +49,8 @@ _OF_EXPERTS = (
 _NOTHING = "in none that is not wider than its weights: leave it out with skip"
 LATENCY = "latency"  # the time on the sample, or the mean of all profiles
 RunExclusively = Callable[..., Any]  # (fn, resources), as in mpq.core.protocols.Executor
+KV_CACHE = "kv_cache"
+_CACHES_UNTIMED = "no time of attention is taken: formats of KV caches cost none and save none"
 _SHARE = 0.001  # of a node's device: the resource says where, workers may hold the rest
 _NUM_THREADS = 1  # of a kernel; a layer's time is comparable between machines only so
 
@@ -101,6 +104,9 @@ class Hardware:
             if cost not in COST_MODELS and cost not in self._served:
                 raise unknown("cost", cost, {*COST_MODELS, *self._served})
         timed = {LATENCY, *self._served} & set(self._named)
+        check_costs(spec, self._named, [*self._served])
+        self._spec = spec
+        self._has_caches = False
         self.times_matter = self._model is not None or bool(timed)
         self.left_out: list[str] = []
         self._asked = None if spec.schemes is None else parse_schemes(spec.schemes)
@@ -112,7 +118,12 @@ class Hardware:
 
     def schemes(self, layer: Layer) -> Sequence[Scheme]:
         """Return what a layer may take; experts stay as they are where nothing else is left."""
+        if layer.source:
+            self._has_caches |= layer.is_cache
+            return schemes_apart(self._spec, layer)
         asked = self._asked or self._offered(layer) or _without_kernel(layer)
+        if self._spec.activations == "apart":
+            asked = weights_alone(asked, self._asked is not None)
         reasons = {scheme: self._why_not(layer, scheme) for scheme in asked}
         self.left_out += [f"{layer.name}: {reason}" for reason in reasons.values() if reason]
         runs = [scheme for scheme, reason in reasons.items() if not reason]
@@ -202,6 +213,8 @@ class Hardware:
 
     def _counted(self, graph: LayerGraph, cells: Cells) -> dict[str, CostTable]:
         names = [*_ALWAYS, *(name for name in _WHERE_NAMED if name in self._named)]
+        if KV_CACHE in self._named or any(layer.is_cache for layer in graph.apart):
+            names.append(KV_CACHE)
         tables = [get_cost_model(name).table(graph, cells) for name in names]
         tables += [
             get_cost_model(name, **self._beside(name)).table(graph, cells)
@@ -228,8 +241,9 @@ class Hardware:
         if not self.times_matter:
             untimed = ", ".join(self._served)
             return [(LATENCY, f"no time is budgeted: not taken of {untimed}")] if untimed else []
+        caches = [(LATENCY, _CACHES_UNTIMED)] if self._has_caches else []
         notes = {name: noise_note(costs[name]) for name in self._served or (LATENCY,)}
-        found = [
+        found = caches + [
             ("noisy", f"{name}: {note}" if self._served else note)
             for name, note in notes.items()
             if note
@@ -284,7 +298,7 @@ class Hardware:
                 network = WholeNetwork(
                     target=get_target(target),
                     model=workload.model,
-                    graph=graph,
+                    graph=graph.without_apart,
                     sample=batch,
                     calibration=workload.calibration,
                     store=self._store,

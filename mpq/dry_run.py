@@ -56,11 +56,13 @@ def dry_run(spec: JobSpec, store: Store) -> DryRun:
         evaluate=spec.evaluate,
         quality=spec.quality,
         profiles=spec.profiles,
+        seed=spec.seed,
+        trial=True,
     )
     graph = graph_of(spec, given)
     beside = partial(bytes_beside, model=given.model, sample=sample_of(given))
     hardware = Hardware(spec, budgets, store, Silent(), beside, served_of(spec, given, graph))
-    cells = make_cells(graph, hardware.schemes, spec.pin)
+    cells = make_cells(graph, hardware.schemes, spec.pin, spec.on_indivisible)
     costs, untimed = hardware.tables_at_hand(graph, cells)
     resolved = [b.resolve(costs) for b in budgets if b.cost in costs or not untimed]
     limits = {budget.text: budget.limit for budget in resolved}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpq.apart import graph_with_caches, kv_caches, without_caches
 from mpq.choices import make_cells
 from mpq.core.errors import InvalidInputError, MpqWarning, unknown
 from mpq.core.formats import Scheme
@@ -18,8 +19,9 @@ from mpq.core.jobs import JobSpec
 from mpq.core.layers import Layer, LayerGraph
 from mpq.core.limits import Limit
 from mpq.core.profiles import Profile
+from mpq.data import Data, load_data
 from mpq.models import load_batches, load_function, load_model
-from mpq.nn.batches import Batch, ambiguity, check_batches, checked_call, cut
+from mpq.nn.batches import Batch, ambiguity, checked_call, cut
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.divergence import OutputDivergence, detect
 from mpq.nn.fingerprint import batches_digest, digest, model_digest, output_digest
@@ -40,7 +42,9 @@ class Given:
 
     model: nn.Module
     calibration: tuple[Batch, ...]
+    calibration_data: str = ""  # where they came from
     held_out: tuple[Batch, ...] = ()
+    held_out_data: str = ""
     sample: Batch | None = None
     loss: Loss | None = None
     evaluate: Evaluate | None = None
@@ -58,14 +62,29 @@ def load(
     evaluate: Any = None,
     quality: Mapping[str, Any] | None = None,
     profiles: Mapping[str, Profile] | None = None,
+    seed: int = 0,
+    trial: bool = False,
 ) -> Given:
-    """Load whatever is an entry point and check that batches are batches."""
-    held_out = load_batches(held_out, "held_out")
+    """Load whatever is an entry point, make synthetic data, and check that batches are batches.
+
+    `seed` is that of synthetic calibration batches, held-out ones have the next; on `trial` see
+    `load_data`.
+    """
+    network, shape = load_model(model), load_batches(sample, "sample")
+    calibrated = load_data(calibration, "calibration", network, shape, seed=seed, trial=trial)
+    shape_of_held_out = calibrated.batches[0] if shape is None else shape
+    judged = Data()
+    if held_out is not None:
+        judged = load_data(
+            held_out, "held_out", network, shape_of_held_out, seed=seed + 1, trial=trial
+        )
     given = Given(
-        model=load_model(model),
-        calibration=check_batches("calibration", load_batches(calibration, "calibration")),
-        held_out=() if held_out is None else check_batches("held_out", held_out),
-        sample=load_batches(sample, "sample"),
+        model=network,
+        calibration=calibrated.batches,
+        calibration_data=calibrated.told,
+        held_out=judged.batches,
+        held_out_data=judged.told,
+        sample=shape,
         loss=load_function(loss, "loss"),
         evaluate=load_function(evaluate, "evaluate"),
         quality=_load_qualities(quality or {}),
@@ -94,9 +113,16 @@ def graph_of(spec: JobSpec, given: Given) -> LayerGraph:
     sample = sample_of(given)
     with evaluating(given.model), torch.no_grad():
         checked_call(given.model, sample, "the sample", finite=False)
-    return build_graph(
-        given.model, sample, skip=spec.skip, groups=spec.groups, embeddings=spec.embeddings
+    caches = kv_caches(spec, given.model, sample)
+    graph = build_graph(
+        given.model,
+        sample,
+        skip=without_caches(spec.skip, caches, given.model),
+        groups=spec.groups,
+        embeddings=spec.embeddings,
+        inputs=spec.activations == "apart",
     )
+    return graph_with_caches(graph, caches, spec.skip)
 
 
 def served_of(spec: JobSpec, given: Given, graph: LayerGraph) -> dict[str, Served]:
@@ -111,7 +137,7 @@ def make_workload(
     schemes: Callable[[Layer], Sequence[Scheme]],
 ) -> Workload:
     """Put model, data and choices together; the key covers all that scores depend on."""
-    cells = make_cells(graph, schemes, spec.pin)
+    cells = make_cells(graph, schemes, spec.pin, spec.on_indivisible)
     with evaluating(given.model), torch.no_grad():
         output = checked_call(given.model, cut(given.calibration[0], 0, 1), "calibration batch 0")
     if output.shape[:1] != (1,):
@@ -143,6 +169,7 @@ def make_workload(
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
+        *[layer.weight_shape[1] for layer in graph.apart if layer.is_cache],
         output_digest(output),
         graph.input_ranges,
         divergence.kind,
@@ -153,6 +180,7 @@ def make_workload(
         graph=graph,
         cells=cells,
         calibration=given.calibration,
+        data=given.calibration_data,
         held_out=given.held_out,
         divergence=divergence,
         quantizer=WeightQuantizer(spec.clip),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mpq.choices import pinned_scheme
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.layers import LayerGraph, LayerName, UnitName
@@ -26,11 +27,11 @@ def resolve_pins(
     members: dict[str, tuple[LayerName, ...]]
     members = {layer: (layer,) for unit in graph.units for layer in unit.layers}
     members |= {unit.name: unit.layers for unit in graph.units}
+    layers = graph.by_name
     pinned: dict[LayerName, Scheme] = {}
     for pattern, scheme in sorted((pin or {}).items(), key=lambda pair: pair[0] in members):
-        parsed = parse_scheme(scheme)  # type: ignore[arg-type]
         for name in matching("pin", pattern, members):
-            pinned |= dict.fromkeys(members[name], parsed)
+            pinned |= {n: pinned_scheme(layers[n], scheme) for n in members[name]}
     found: dict[UnitName, Scheme] = {}
     for unit in graph.units:
         schemes = {pinned[layer] for layer in unit.layers if layer in pinned}

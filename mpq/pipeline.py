@@ -12,13 +12,14 @@ from torch import nn
 
 from mpq.adaptive import EnoughScores
 from mpq.artifacts import parts_of
+from mpq.asked import check_asked
 from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
 from mpq.choosing import Measure, best_uniform, choose
-from mpq.core.errors import InvalidInputError, MpqError, RunFailedError
+from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
-from mpq.core.jobs import Clip, Divergence, JobSpec, RunState, given_groups
+from mpq.core.jobs import Clip, Divergence, JobSpec, OnIndivisible, RunState, given_groups
 from mpq.core.limits import Limit
 from mpq.core.live import live_text
 from mpq.core.problem import Allocation, Budget, BudgetText, Problem, budget_text
@@ -26,10 +27,12 @@ from mpq.core.profiles import Profile, given_profiles
 from mpq.core.protocols import Executor, Scores
 from mpq.costing import Hardware
 from mpq.criterion import Criterion
+from mpq.data import warn_if_unchecked
 from mpq.decoupled import check_groups, decoupled
 from mpq.driving import driving
 from mpq.evaluate import Candidate, check_evaluate, measure
 from mpq.executing import executor_for
+from mpq.families import within_families
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of
 from mpq.limited import against_unquantized
@@ -71,7 +74,12 @@ def search(
     pin: Mapping[str, str] | None = None,
     groups: Literal["auto", "none"] | Sequence[Sequence[str]] = "auto",
     embeddings: bool = False,
+    kv_cache: bool | Mapping[str, int] = False,
+    kv_schemes: Sequence[str] | None = None,
+    activations: Literal["tied", "apart"] = "tied",
+    activation_schemes: Sequence[str] | None = None,
     clip: Clip = "minmax",
+    on_indivisible: OnIndivisible = "refuse",
     quality: Mapping[str, Any] | None = None,
     quality_groups: Literal["auto"] | Mapping[str, Sequence[str]] = "auto",
     limits: Sequence[str] = (),
@@ -99,7 +107,8 @@ def search(
     """Choose a scheme for every layer under all budgets, measure it, and keep everything.
 
     `model` is an nn.Module, "package.module:factory" or a Hugging Face directory; `calibration`
-    and `held_out` are lists of batches or entry points of functions that return them; `sample`
+    and `held_out` are lists of batches, entry points of functions that return them or synthetic
+    data: "zeroq", "genie(samples=128)", "random_tokens" (mpq.core.synthetic); `sample`
     is one batch of the shape that will be served (default: one calibration sample), which MACs
     and latency are for. `profiles` such as {"prefill": Profile(tokens=512), "decode":
     Profile(tokens=1, weight=64.0)} are the shapes of a network that is served in several: each
@@ -110,8 +119,12 @@ def search(
     "table:FILE.csv" times of your own, "bitplanes:a=...,c=..." kernels of bit planes.
     `loss(output, batch)` is used by the Hessian metric only; `evaluate(model)` returns
     {"name": number} and is reported. `divergence` compares outputs ("auto": cosine for outputs of
-    unit length, else kl of logits). `clip` is how weight ranges are cut. `quality` is {name:
-    function}, by name (mpq.nn.quality), entry point or as it is; with it the sum of the
+    unit length, else kl of logits). `clip` is how weight ranges are cut, `on_indivisible`
+    what becomes of groups that do not divide a layer: "refuse", or "channel", a scale for each
+    channel. `kv_cache=True`, or {"context": 4096, "batch": 8}, searches the KV caches of a language
+    model too, `activations` "apart" the inputs of layers apart from weights (see JobSpec for their
+    schemes). `quality` is {name: function}, by name (mpq.nn.quality), entry point or as it is; with
+    it the sum of the
     qualities, each over the best uniform scheme's, decides instead of the divergence, and
     `quality_groups`, {name: [patterns of units]}, says which units each one scores ("auto": those
     that move it most). `limits` such as "accuracy >= 0.99" or "accuracy drop <= 1%" must be met
@@ -128,23 +141,11 @@ def search(
     Raises InvalidInputError for what cannot be done as asked, InfeasibleError where no
     allocation meets the budgets (before anything is scored), RunFailedError for broken work.
     """
-    if budgets is None and minimise is None:
-        raise InvalidInputError(
-            "budgets",
-            "give budgets such as ['memory <= 60%'], or minimise='memory' and limits such as "
-            "['accuracy drop <= 1%']",
-        )
+    lists = {"skip": skip, "limits": limits, "kv_schemes": kv_schemes}
+    lists["activation_schemes"] = activation_schemes
+    check_asked(budgets, minimise, pin, quality, groups, lists)
     budgets = () if budgets is None else budgets
-    for what, given_list in {"budgets": budgets, "skip": skip, "limits": limits}.items():
-        if isinstance(given_list, str | Budget):
-            raise InvalidInputError(what, f"{what} is a list, got {given_list!r}: write [it]")
-    if pin is not None and not isinstance(pin, Mapping):
-        raise InvalidInputError("pin", f"pin is {{layer: scheme}}, got {pin!r}")
-    if quality is not None and not isinstance(quality, Mapping):
-        raise InvalidInputError("quality", f"quality is {{name: function}}, got {quality!r}")
     profiles = given_profiles(profiles)
-    if not isinstance(groups, str) and any(isinstance(group, str) for group in groups):
-        raise InvalidInputError("groups", f"groups is a list of lists of layers, got {groups!r}")
     spec = JobSpec(
         name=name,
         model=live_text(model),
@@ -161,10 +162,15 @@ def search(
         metric=metric,
         solver=solver,
         clip=clip,
+        on_indivisible=on_indivisible,
         skip=tuple(skip),
         pin={layer: str(scheme) for layer, scheme in (pin or {}).items()},
         groups=groups if groups in ("auto", "none") else tuple(tuple(g) for g in groups),
         embeddings=embeddings,
+        kv_cache=dict(kv_cache) if isinstance(kv_cache, Mapping) else kv_cache,
+        kv_schemes=None if kv_schemes is None else tuple(kv_schemes),
+        activations=activations,
+        activation_schemes=None if activation_schemes is None else tuple(activation_schemes),
         hardware=hardware,
         quality={quality_name: live_text(q) for quality_name, q in (quality or {}).items()},
         quality_groups=given_groups(quality_groups),
@@ -195,6 +201,7 @@ def search(
         evaluate=evaluate,
         quality=quality,
         profiles=profiles,
+        seed=seed,
     )
     listener = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
     return run(spec, given, open_store(storage), listener)
@@ -209,7 +216,7 @@ def run_job(
 ) -> SearchResult:
     """Run a job whose parts are kept or entry points, here; `run_id` is a run that we drive."""
     store = open_store(storage)
-    given = load(**parts_of(store, spec))
+    given = load(**parts_of(store, spec), seed=spec.seed)
     progress = progress or Silent()
     return run(spec, given, store, progress, run_id=run_id, executor=executor)
 
@@ -250,6 +257,8 @@ def run(
             stack.enter_context(driving(store, run_id))
         stack.callback(keep, store, run_id)
         store.start_run(run_id, hardware.device)
+        store.put_data(run_id, given.calibration_data, given.held_out_data)
+        warn_if_unchecked(given.calibration_data, given.held_out_data)
         try:
             prepared = prepare(
                 budgets,
@@ -305,6 +314,8 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
     else:
         if spec.quality:
             others |= decoupled(workers, problem, spec, run_id).allocations
+        if spec.solver == "auto":
+            others |= within_families(problem)
         with searching(spec, problem, workers, run_id, with_metrics) as solver:
             proposals = propose(problem, solver, others)
         chosen, criterion = choose(

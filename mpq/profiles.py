@@ -79,7 +79,7 @@ def traced(
     except InvalidInputError as error:
         raise InvalidInputError(error.code, f"profile {name!r}: {error}") from None
     called = {layer.name for layer in found.layers if layer.calls}
-    for unit in graph.units:
+    for unit in graph.without_apart.units:
         for layer in unit.layers:
             if layer not in called:
                 raise InvalidInputError(
@@ -88,7 +88,7 @@ def traced(
                     f"no time there: give another sample, or leave the layer out with "
                     f"skip=[{layer!r}]",
                 )
-    return replace(found, units=graph.units, unsearched=graph.unsearched)
+    return replace(found, units=graph.units, unsearched=graph.unsearched, apart=graph.apart)
 
 
 def with_ranges(served: LayerGraph, graph: LayerGraph) -> LayerGraph:

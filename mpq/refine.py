@@ -16,7 +16,7 @@ import numpy as np
 
 from mpq.candidates import Proposal, additively
 from mpq.core.evaluation import Evaluation
-from mpq.core.problem import Allocation, Budget, Problem
+from mpq.core.problem import Allocation, Budget, Problem, Status
 from mpq.core.tables import CostTable, Responses, SensitivityTable
 from mpq.criterion import Criterion
 from solvers.pairs import Pairs
@@ -53,9 +53,11 @@ def refine(
         solution = Pairs(prove=False).solve(cross_validated(around_best))
         if solution.allocation is None or not solution.score < 0:
             break
+        # what is proven is proven of the region, not of the whole problem
+        found = replace(solution, budgets=problem.budgets, status=Status.FEASIBLE)
         proposal = Proposal(
             name=f"refined {len(tried) + 1}",
-            solution=additively(problem, replace(solution, budgets=problem.budgets), bound),
+            solution=additively(problem, found, bound),
             predicted=best_measured.mean + solution.score,
             fits=problem.fits(solution.allocation),
         )

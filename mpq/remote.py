@@ -291,6 +291,7 @@ def _summary(view: Mapping[str, Any]) -> RunSummary:
     moments = ("created_at", "started_at", "ended_at")
     run: dict[str, Any] = {name: view[name] for name in kept}
     run |= {name: _moment(view[name]) for name in moments}
+    run |= {name: view.get(name, "") for name in ("calibration_data", "held_out_data")}
     return RunSummary(
         run=RunRecord(**run, state=RunState(view["state"]), spec=parse_job(view["job"])),
         owner=view["owner"],

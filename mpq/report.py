@@ -18,6 +18,7 @@ from mpq.core.quantities import quantity, with_error
 from mpq.core.stability import SURE
 from mpq.core.tables import CostTable
 from mpq.figures import plots
+from mpq.format_shares import format_shares
 from mpq.result import SearchResult
 from mpq.stability import usual_draws
 from mpq.store.store import Store
@@ -55,6 +56,7 @@ def write_report(store: Store, run_id: str, path: Path) -> Path:
         coverage=f"{result.graph.coverage:.1%}",
         size=quantity(result.graph.native_bytes, "bytes"),
         rows=_unit_rows(result.graph, result.problem, result.unit_allocation),
+        formats=format_shares(result.graph, result.unit_allocation),
         deployed=[line for made in result.deployments for line in made.lines()],
         events=[event for event in store.events(run_id) if event.kind != DEPLOYED],
         plots=plots(result),

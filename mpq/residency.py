@@ -22,11 +22,25 @@ def bytes_beside(cost: str, model: nn.Module, sample: Batch) -> dict[str, int]:
     return options
 
 
+def tokens_of(model: nn.Module, sample: Batch) -> tuple[int, int]:
+    """Return the sequences of a sample of tokens, and the tokens of each.
+
+    Raises InvalidInputError for a sample of anything else.
+    """
+    positional, named = arguments(model, sample)
+    ids = positional[0] if positional else named.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        raise InvalidInputError(
+            "kv_cache", "the sample holds no tokens: give kv_cache={'context': 4096, 'batch': 8}"
+        )
+    batch, context = ids.shape
+    return batch, context
+
+
 def _cache_bytes(cost: str, model: nn.Module, sample: Batch) -> int:
     if not generates(model):
         return 0
-    positional, named = arguments(model, sample)
-    batch, context = (positional[0] if positional else named["input_ids"]).shape
+    batch, context = tokens_of(model, sample)
     attention, notes = attention_of(model, context)
     if attention is None:
         raise InvalidInputError("cost", f"{cost} cannot be told: {'; '.join(notes)}")

@@ -128,14 +128,9 @@ class SearchResult:
 
     @property
     def allocation(self) -> Mapping[LayerName, Scheme]:
-        """The chosen scheme of each searched layer."""
-        return Allocation(
-            {
-                layer: self.unit_allocation[unit.name]
-                for unit in self.graph.units
-                for layer in unit.layers
-            }
-        )
+        """The chosen scheme of each searched layer, its input's included, and of each cache."""
+        by_layer = {n: self.unit_allocation[u.name] for u in self.graph.units for n in u.layers}
+        return Allocation(self.graph.merged(by_layer))
 
     def solve(
         self,
@@ -276,10 +271,16 @@ class SearchResult:
     def chosen(self) -> Chosen:
         """The chosen allocation with its network, pins, budgets, totals and provenance."""
         record, solution = self.store.run(self.run_id), self.solution
+        layers, allocation = self.graph.by_name, self.allocation
+        schemes = {
+            name: scheme
+            for name, scheme in allocation.items()
+            if not (layers[name].is_cache and scheme.is_native)
+        }
         numbers = {"score": solution.score, "bound": solution.bound, "gap": solution.gap}
         return Chosen(
-            graph=self.graph,
-            schemes=self.allocation,
+            graph=self.graph.only(schemes),
+            schemes=schemes,
             pinned=frozenset(resolve_pins(self.graph, record.spec.pin)),
             budgets=solution.budgets,
             totals=solution.totals or {},
@@ -289,6 +290,7 @@ class SearchResult:
                 "name": record.name,
                 "model": record.spec.model,
                 "metric": self.problem.sensitivity.metric,
+                "calibration_data": record.calibration_data or None,
                 "clip": record.spec.clip,
                 "solver": solution.solver,
                 "status": str(solution.status),
@@ -335,6 +337,11 @@ class SearchResult:
 
         given = {"model": model, "calibration": calibration, "sample": sample}
         return deploy(self, target, path, profiles=profiles, seconds=seconds, **given)
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        """Where the "calibration" and "held_out" batches came from, and which they were."""
+        return self.store.run(self.run_id).data
 
     @property
     def deployments(self) -> list[Deployment]:

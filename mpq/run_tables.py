@@ -34,6 +34,8 @@ def runs_table(rows: Sequence[RunSummary]) -> DataTable:
         ("ended_at", "time", lambda row: row.run.ended_at),
         ("error_code", "text", lambda row: row.run.error_code),
         ("error_message", "text", lambda row: row.run.error_message),
+        ("calibration_data", "text", lambda row: row.run.calibration_data),
+        ("held_out_data", "text", lambda row: row.run.held_out_data),
         ("predicted", "float", lambda row: row.predicted),
         ("divergence", "float", lambda row: row.divergence),
     )
@@ -48,8 +50,10 @@ def scores_table(store: Store, run_id: str) -> DataTable:
     found = [store.sensitivity(run_id, metric) for metric in store.scored_metrics(run_id)]
     if not found:
         store.sensitivity(run_id)  # raises: the run did not get that far
-    metrics = [table.metric for table in found for _ in table.values]
-    columns = [Column("run", "text", [run_id] * len(metrics)), Column("metric", "text", metrics)]
+    columns = [Column("run", "text", [run_id for table in found for _ in table.values])]
+    for name in ("metric", "data"):
+        texts = [getattr(table, name) for table in found for _ in table.values]
+        columns.append(Column(name, "text", texts))
     columns += _cell_columns([table.cells for table in found])
     for name, of in (("value", "values"), ("stderr", "stderr")):
         values = [v for table in found for v in getattr(table, of).tolist()]
@@ -89,7 +93,8 @@ def allocation_table(store: Store, run_id: str) -> DataTable:
         for unit in graph.units
         for layer in unit.layers
     ]
-    elements = [math.prod(graph.by_name[row[0]].weight_shape) for row in rows]
+    layers = [graph.by_name[row[0]] for row in rows]
+    elements = [0 if layer.source else layer.num_weights for layer in layers]
     columns = (
         Column("run", "text", [run_id] * len(rows)),
         Column("layer", "text", [row[0] for row in rows]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def score(
             )
             break
     _warn_about(scores)
-    return scores
+    return replace(scores, sensitivity=replace(scores.sensitivity, data=workers.workload.data))
 
 
 def work_of(metric: str, task: Task) -> Work[tuple[str, Task]]:

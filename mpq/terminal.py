@@ -25,6 +25,7 @@ from mpq.core.problem import Allocation, Problem, Solution
 from mpq.core.provenance import cost_label, modelled_note, sources
 from mpq.core.quantities import quantity, with_error
 from mpq.core.risk import quantile
+from mpq.format_shares import format_shares
 from mpq.result import SearchResult
 from mpq.stability import stability_lines, stability_view, usual_draws
 from mpq.store.store import Store
@@ -43,6 +44,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
         console.print(Text(view["error"], "red"))
     if view["graph"]:
         console.print(_coverage_line(store.graph(run_id)))
+    for split, told in view["data"].items():
+        console.print(Text(f"{split.replace('_', '-')} data {told}"))
     if not view["chosen"]:
         return
     result = SearchResult(store, run_id)
@@ -54,7 +57,8 @@ def print_run(store: Store, run_id: str, as_json: bool = False) -> None:
     console.print(_measured_table(given_problem(result), told))
     if rows := along(store.run(run_id).spec, problem, result.evaluation, allocation):
         console.print(along_table(rows))
-    lines = worth_lines(problem, result.solution)
+    lines = [one.told() for one in format_shares(result.graph, allocation)]
+    lines += worth_lines(problem, result.solution)
     lines += additivity(problem, allocation, told, strongest=3).told()
     deployed = [line for made in result.deployments for line in made.lines()]
     for line in [*lines, *stability_lines(view["stability"]), *deployed]:
@@ -76,10 +80,17 @@ def run_view(store: Store, run_id: str) -> dict[str, Any]:
         "state": str(record.state),
         "error": record.error_message,
         "device": record.device,
+        "data": record.data,
         "graph": None
         if graph is None
         else {"units": len(graph.units), "coverage": graph.coverage, "bytes": graph.native_bytes},
         "chosen": None if result is None else solution_view(result.solution),
+        "formats": None
+        if result is None
+        else [
+            {**asdict(one), "scheme": str(one.scheme)}
+            for one in format_shares(result.graph, result.unit_allocation)
+        ],
         "costs_from": None if result is None else sources(result.problem.costs),
         "shadow_prices": None if result is None else worth_view(result.problem, result.solution),
         "additivity": None if result is None else result.additivity().view(),

@@ -42,7 +42,7 @@ def _context(
     return partial(
         quantized,
         workload.model,
-        dict.fromkeys(workload.graph.units[unit].layers, scheme),
+        workload.graph.merged(dict.fromkeys(workload.graph.units[unit].layers, scheme)),
         quantizer=workload.quantizer,
         limits=workload.graph.input_ranges,
     )
@@ -51,6 +51,9 @@ def _context(
 def _changes_nothing(workload: Workload, unit: int, scheme: Scheme) -> bool:
     if not (scheme.weights.is_native and scheme.activations.is_native):
         return False
+    layers = workload.graph.by_name
+    if any(layers[name].is_cache for name in workload.graph.units[unit].layers):
+        return False  # 16 bits may be fewer than the output has
     parameters = dict(workload.model.named_parameters())
     for layer in workload.graph.stored_layers(workload.graph.units[unit]):
         weight = parameters[layer.weight_id].detach()

@@ -21,7 +21,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.layers import LayerName
 from mpq.nn.batches import Batch, cut, num_samples, portions, position_mask
 from mpq.nn.patch import evaluating
-from mpq.nn.weights import ExpertWeight, layer_modules
+from mpq.nn.weights import CacheOf, ExpertWeight, layer_modules
 from mpq.nn.workload import Workload
 
 _HELD_BYTES = 2**30  # of a part: layer inputs, outputs and gradients together
@@ -102,7 +102,8 @@ _Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tens
 class Calls:
     """A context that remembers inputs and differentiable outputs of every searched layer.
 
-    Experts' weights stand for the output of one call: their gradient is that of all their uses.
+    Experts' weights stand for the output of one call: their gradient is that of all their uses. A
+    KV cache reads and gives what its projection does.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -117,6 +118,9 @@ class Calls:
             if isinstance(module, ExpertWeight):
                 self._stand_for(name, module.weight)
                 continue
+            if isinstance(module, CacheOf):
+                self._remember_kept(name, module.projection)
+                continue
             # before any hook that quantizes the input: schemes are tried on what arrives
             handle: RemovableHandle = module.register_forward_pre_hook(
                 lambda _, args, name=name: self._inputs[name].append(args[0].detach()),
@@ -128,6 +132,17 @@ class Calls:
 
     def __exit__(self, *_: object) -> None:
         self._handles.close()
+
+    def _remember_kept(self, name: LayerName, projection: nn.Module) -> None:
+        """Take a projection's output for what a cache reads, and what is kept of it for its own."""
+
+        def arrives(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            self._inputs[name].append(output.detach())
+
+        # before any hook that quantizes what is kept
+        handle = projection.register_forward_hook(arrives, prepend=True)
+        self._handles.callback(handle.remove)
+        self._handles.callback(projection.register_forward_hook(self._hook(name)).remove)
 
     def _stand_for(self, name: LayerName, weight: torch.Tensor) -> None:
         """Take a parameter for the output of its one call, with gradients for as long."""

@@ -11,7 +11,7 @@ from mpq.core.formats import Scheme
 from mpq.core.layers import Layer
 from mpq.nn.quantizers import fake_quantize_activation
 from mpq.nn.replay import replay
-from mpq.nn.weights import ExpertWeight, weight_of
+from mpq.nn.weights import CacheOf, ExpertWeight, weight_of
 from mpq.nn.workload import Workload
 
 _GHOST_ELEMENTS = 2**25  # of weight gradients held at once
@@ -22,7 +22,8 @@ class Change:
     """One layer in its base scheme (None: as it is), and what each choice makes of it.
 
     A choice that leaves the weight and the input as they are changes nothing, exactly. The output
-    of experts is their weight (see `Calls`).
+    of experts is their weight (see `Calls`). Of an input searched apart the weight never changes; a
+    KV cache reads and gives the output of its projection, and its formats change what it reads.
     """
 
     def __init__(
@@ -37,14 +38,19 @@ class Change:
         self._choices = choices
         self._base = base
         self._layer = layer
-        own = weight_of(module).detach()
+        own = torch.empty(0) if layer.is_cache else weight_of(module).detach()
 
         def stored(scheme: Scheme) -> torch.Tensor:
+            if layer.is_cache or (layer.is_input and base is None):
+                return own
             return workload.quantizer.fake_quantize(
                 layer.weight_id, own, scheme.weights, layer.channel_axis
             )
 
         self._weight = own if base is None else stored(base)
+        if layer.source:
+            self._stored = [self._weight] * len(choices)
+            return
         self._stored = [self._weight if s == base else stored(s) for s in choices]
         for i, (scheme, tensor) in enumerate(zip(choices, self._stored, strict=True)):
             if scheme.weights.is_native and torch.equal(tensor, self._weight):
@@ -107,6 +113,8 @@ class Change:
         return [i for i in only_weights if self._stored[i] is not self._weight], others
 
     def _same_inputs(self, scheme: Scheme) -> bool:
+        if self._layer.is_cache:
+            return scheme == self._base
         if self._base is None:
             return scheme.activations.is_native
         return scheme.activations == self._base.activations
@@ -114,6 +122,8 @@ class Change:
     def _seen(self, inputs: torch.Tensor, scheme: Scheme | None) -> torch.Tensor:
         if scheme is None:
             return inputs
+        if isinstance(self._module, CacheOf):
+            return self._module.kept(inputs, scheme.weights)
         return fake_quantize_activation(
             inputs, scheme.activations, self._layer.static_range(scheme.activations)
         )

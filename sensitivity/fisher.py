@@ -25,7 +25,7 @@ from mpq.nn.fingerprint import function_digest
 from mpq.nn.workload import Workload
 from sensitivity.estimators.ghost import weighted_squares
 from sensitivity.local import LocalPart, local
-from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_activations
+from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_activations, refuse_apart
 from sensitivity.weight_calls import stored_weights
 
 _VERSION = 1
@@ -39,8 +39,9 @@ class Fisher:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per batch; its key holds model, data, cells, loss, probes and seed.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        Raises InvalidInputError for schemes that quantize activations, and what is searched apart.
         """
+        refuse_apart(self.name, workload)
         refuse_activations(self.name, workload)
         return batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
 

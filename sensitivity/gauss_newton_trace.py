@@ -36,7 +36,7 @@ from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts, probe_seeds
 from sensitivity.estimators.ghost import squared_norms
 from sensitivity.input_changes import squared_input_changes
-from sensitivity.tasks import batch_tasks, mean_over_samples
+from sensitivity.tasks import batch_tasks, mean_over_samples, refuse_apart
 from sensitivity.weight_calls import stored_weights
 
 _VERSION = 1
@@ -49,7 +49,11 @@ class GaussNewtonTrace:
     name = "gauss_newton_trace"
 
     def tasks(self, workload: Workload) -> Sequence[Task]:
-        """Return one task per batch; its key holds model, data, cells, probes and seed."""
+        """Return one task per batch; its key holds model, data, cells, probes and seed.
+
+        Raises InvalidInputError where KV caches are searched.
+        """
+        refuse_apart(self.name, workload, inputs=False)
         return batch_tasks(workload, self.name, _VERSION)
 
     def run(self, workload: Workload, task: Task) -> Partial:

@@ -27,7 +27,7 @@ from mpq.nn.workload import Workload
 from sensitivity.calls import Part, loss_parts
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.negative import warn_of_negative
-from sensitivity.tasks import batch_tasks, refuse_activations
+from sensitivity.tasks import batch_tasks, refuse_activations, refuse_apart
 from sensitivity.weight_calls import stored_weights
 
 _VERSION = 1
@@ -41,8 +41,9 @@ class HessianQuadratic:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per batch; its key holds model, data, cells and loss.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        Raises InvalidInputError for schemes that quantize activations, and what is searched apart.
         """
+        refuse_apart(self.name, workload)
         refuse_activations(self.name, workload)
         tasks = batch_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
         if workload.loss is None:

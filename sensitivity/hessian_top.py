@@ -25,7 +25,7 @@ from sensitivity.calls import loss_parts
 from sensitivity.estimators.hutchinson import sign_vector
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.negative import warn_of_negative
-from sensitivity.tasks import refuse_activations, unit_tasks
+from sensitivity.tasks import refuse_activations, refuse_apart, unit_tasks
 from sensitivity.weight_calls import stored_weights
 
 _VERSION = 1
@@ -41,8 +41,9 @@ class HessianTop:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per unit; its key holds model, data, cells, loss and seed.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        Raises InvalidInputError for schemes that quantize activations, and what is searched apart.
         """
+        refuse_apart(self.name, workload)
         refuse_activations(self.name, workload)
         return unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
 

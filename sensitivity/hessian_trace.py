@@ -34,13 +34,14 @@ from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.nn.batches import num_samples
 from mpq.nn.fingerprint import digest, function_digest
+from mpq.nn.weights import layer_module
 from mpq.nn.workload import Workload
 from sensitivity.calls import loss_parts, parts
 from sensitivity.estimators.hutchinson import quadratic_forms, sign_vector
 from sensitivity.hessian_products import HessianProducts, loss_on, twice_differentiable
 from sensitivity.input_changes import squared_input_changes
 from sensitivity.negative import warn_of_negative
-from sensitivity.tasks import unit_tasks
+from sensitivity.tasks import refuse_apart, unit_tasks
 from sensitivity.weight_calls import stored_weights
 
 _VERSION = 3
@@ -57,8 +58,10 @@ class HessianTrace:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return all units' tasks of the first round, then those of the next.
 
-        The key holds model, data, cells, probes, loss and seed.
+        The key holds model, data, cells, probes, loss and seed. Raises InvalidInputError where KV
+        caches are searched.
         """
+        refuse_apart(self.name, workload, inputs=False)
         units = unit_tasks(workload, self.name, _VERSION, function_digest(workload.loss))
         return [
             replace(task, key=digest(task.key, number), part=(*task.part, number), round=number)
@@ -91,9 +94,9 @@ class HessianTrace:
                 layer = workload.graph.by_name[name]
                 inputs += _input_draws(workload, layer, schemes, probes, seed)
         return {
-            "traces": np.array(traces),
-            "squared": np.array([weight.squared for weight in weights]),
-            "sizes": np.array([weight.layer.num_weights for weight in weights]),
+            "traces": np.array(traces).reshape(len(weights), len(workload.calibration), probes),
+            "squared": np.array([weight.squared for weight in weights]).reshape(-1, len(schemes)),
+            "sizes": np.array([weight.layer.num_weights for weight in weights], np.int64),
             "samples": np.array([num_samples(batch) for batch in workload.calibration]),
             "inputs": inputs,
         }
@@ -211,7 +214,7 @@ def _moved_inputs(
         seen.append((values.detach(), zero))
         return (values + zero, *rest)
 
-    handle = workload.model.get_submodule(layer.name).register_forward_pre_hook(hook)
+    handle = layer_module(workload.model, layer.name).register_forward_pre_hook(hook)
     try:
         yield seen
     finally:

@@ -29,7 +29,7 @@ from mpq.nn.batches import Batch, position_mask
 from mpq.nn.patch import reweighted
 from mpq.nn.workload import Workload
 from sensitivity.sweep import Variant, sweep
-from sensitivity.tasks import batch_tasks, refuse_activations
+from sensitivity.tasks import batch_tasks, refuse_activations, refuse_apart
 from sensitivity.weight_error import relative_error
 
 _VERSION = 1
@@ -44,8 +44,9 @@ class Higgs:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task per batch; its key holds model, data, cells, draws and seed.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        Raises InvalidInputError for schemes that quantize activations, and what is searched apart.
         """
+        refuse_apart(self.name, workload)
         refuse_activations(self.name, workload)
         return batch_tasks(workload, self.name, _VERSION, _SIZES)
 

@@ -30,6 +30,7 @@ from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, Floats, SensitivityTable
 from mpq.nn.batches import position_mask
 from mpq.nn.patch import frozen
+from mpq.nn.weights import layer_modules
 from mpq.nn.workload import Workload
 from sensitivity.calls import Calls, Part, parts
 from sensitivity.changes import Change
@@ -179,7 +180,7 @@ def _arrived(workload: Workload, part: Part, composite: Composite, error: bool) 
     units, cells = workload.graph.units, workload.cells
     arrived = np.zeros((len(units), part.samples))
     lost = np.zeros((len(cells) if error else 0, part.samples))
-    modules, layers = dict(workload.model.named_modules()), workload.graph.by_name
+    modules, layers = layer_modules(workload.model, workload.graph), workload.graph.by_name
     with torch.no_grad():
         for number, unit in enumerate(units):
             rows = slice(int(cells.offsets[number]), int(cells.offsets[number + 1]))

@@ -20,6 +20,9 @@ Experts' weights, one 3-D parameter W that a module uses in its own way, stand f
 J is the Jacobian from W to the network's output, through all its uses, and d = Q_c(W) - W. Its
 gradient is a sum over samples, so a network with such layers takes one sample at a time and
 quantizes weights again for each.
+
+What is searched apart is a layer too: of a layer's input d = f(Q_c(x)) - f(x), of a KV cache
+d = Q_c(y) - y at the output y of its projection.
 """
 
 from __future__ import annotations
@@ -85,7 +88,8 @@ def _responses(workload: Workload, part: Part, base: Allocation | None) -> Float
             workload.graph.units, workload.cells.schemes, workload.cells.offsets[:-1], strict=True
         ):
             for name in unit.layers:
-                change = Change(workload, layers[name], modules[name], choices, schemes.get(name))
+                tried, now = workload.tried(layers[name], choices, schemes)
+                change = Change(workload, layers[name], modules[name], tried, now)
                 for (inputs, _), gradient in zip(calls.of(name), gradients[name], strict=True):
                     if gradient is not None:  # the output depends on this call
                         inner = change.inner(inputs, gradient, part.samples)

@@ -16,7 +16,7 @@ from torch import nn
 from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.memory import ran_out_of_memory
 from mpq.nn.batches import Batch, checked_call, cut, num_samples, portions
-from mpq.nn.weights import layer_module, weight_of
+from mpq.nn.weights import CacheOf, layer_module, weight_of
 from mpq.nn.workload import Workload
 from sensitivity.prefix import Prefix, used_elsewhere
 
@@ -180,10 +180,15 @@ class _Passes:
 
 
 def _holders(workload: Workload, number: int) -> list[nn.Module]:
-    """Return the modules that hold a weight of a unit, its layers and others tied to them."""
+    """Return the modules that hold a weight of a unit (others are tied to its layers too).
+
+    Of a cache it is the projection whose output is kept.
+    """
     names = workload.graph.units[number].layers
-    weights = {id(weight_of(layer_module(workload.model, name))) for name in names}
-    return [
+    changed = [layer_module(workload.model, name) for name in names]
+    kept = [module.projection for module in changed if isinstance(module, CacheOf)]
+    weights = {id(weight_of(module)) for module in changed if not isinstance(module, CacheOf)}
+    return kept + [
         module
         for module in workload.model.modules()
         if any(id(parameter) in weights for parameter in module._parameters.values())

@@ -87,6 +87,20 @@ def refuse_experts(metric: str, workload: Workload) -> None:
                 )
 
 
+def refuse_apart(metric: str, workload: Workload, *, inputs: bool = True) -> None:
+    """Raise InvalidInputError where KV caches, or inputs too, are searched: they hold no weight."""
+    named = workload.graph.by_name
+    for unit in workload.graph.units:
+        for name in unit.layers:
+            if named[name].is_cache or (inputs and named[name].is_input):
+                raise InvalidInputError(
+                    "weights_only",
+                    f"{metric} scores weights, but unit {name!r} is "
+                    f"{'a KV cache' if named[name].is_cache else 'the input of a layer'}: use "
+                    f"metric='gauss_newton' or 'kl'",
+                )
+
+
 def mean_over_samples(metric: str, cells: Cells, partials: Sequence[Partial]) -> SensitivityTable:
     """Return the table of partials "scores" of (cells, samples): the mean and its error."""
     scores = np.concatenate([p["scores"] for p in partials], axis=1).astype(np.float64)

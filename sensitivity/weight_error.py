@@ -19,7 +19,7 @@ from mpq.core.protocols import Partial, Scores, Task
 from mpq.core.tables import Cells, SensitivityTable
 from mpq.nn.fingerprint import digest
 from mpq.nn.workload import Workload
-from sensitivity.tasks import refuse_activations
+from sensitivity.tasks import refuse_activations, refuse_apart
 
 _VERSION = 1
 
@@ -32,8 +32,9 @@ class WeightError:
     def tasks(self, workload: Workload) -> Sequence[Task]:
         """Return one task; its key holds model and cells.
 
-        Raises InvalidInputError for schemes that quantize activations.
+        Raises InvalidInputError for schemes that quantize activations, and what is searched apart.
         """
+        refuse_apart(self.name, workload)
         refuse_activations(self.name, workload)
         cells = [(unit, str(scheme)) for unit, scheme in workload.cells]
         key = digest(self.name, _VERSION, workload.key, cells, workload.seed)

@@ -18,8 +18,13 @@ from mpq.core.latency import KernelCase
 from mpq.core.layers import Layer
 from mpq.core.problem import Problem, Solution, Status
 from mpq.core.protocols import Exporter, Metric, Scores, Solver, Task
+from mpq.core.synthetic import Synthetic
 from mpq.core.tables import Cells
 from mpq.export.rules import check_runs
+from mpq.nn.batches import Batch, checked_call, describe, num_samples
+from mpq.nn.fingerprint import batches_digest
+from mpq.nn.patch import evaluating
+from mpq.nn.synthetic import Made, synthesise
 from mpq.nn.workload import Workload
 from solvers.check import check
 
@@ -197,3 +202,33 @@ def same_state(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -
         len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
         for a, b in zip(one, other, strict=True)
     )
+
+
+# --- synthetic data ----------------------------------------------------------------------------
+
+
+def synthetic_contract(asked: Synthetic, model: nn.Module, sample: Batch | None) -> Made:
+    """Make data twice: borrowed, repeatable whatever else was drawn, of the sample's shape."""
+    before = borrowed_state(model)
+    made = synthesise(asked, model, sample, seed=3)
+    assert same_state(before, borrowed_state(model))
+    torch.manual_seed(1234)
+    model.train(not model.training)
+    assert batches_digest(synthesise(asked, model, sample, seed=3).batches) == batches_digest(
+        made.batches
+    )
+    model.train(not model.training)
+    assert batches_digest(synthesise(asked, model, sample, seed=4).batches) != batches_digest(
+        made.batches
+    )
+    trial = synthesise(asked, model, sample, seed=3, trial=True)
+    assert [describe(b) for b in trial.batches] == [describe(b) for b in made.batches]
+    sizes = [num_samples(batch) for batch in made.batches]
+    assert sum(sizes) == asked.options["samples"]
+    assert max(sizes) <= (asked.options["batch"] or 0)
+    for batch in made.batches:
+        with evaluating(model), torch.no_grad():
+            assert torch.isfinite(checked_call(model, batch, "made")).all()
+    assert made.told
+    assert "\n" not in made.told
+    return made

@@ -127,3 +127,27 @@ def test_a_native_format_wider_than_the_weights_is_refused() -> None:
 
 def test_one_candidate_is_enough() -> None:
     assert len(make_cells(BLOCK, lambda layer: (INT4,))) == len(BLOCK.units)
+
+
+def test_groups_that_do_not_divide_become_a_scale_for_each_channel_on_request() -> None:
+    graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
+    asked = schemes("int4g8", "int8", "int4")
+    with pytest.warns(UserWarning, match="unit '0': the groups of int4g8 do not divide") as told:
+        found = make_cells(graph, lambda _: asked, on_indivisible="channel")
+    assert len(told) == 1
+    assert list(map(str, found.schemes[0])) == ["int4", "int8"]
+    assert list(map(str, found.schemes[1])) == ["int4g8", "int8", "int4"]
+    with pytest.raises(InvalidInputError, match="on_indivisible='channel' does"):
+        make_cells(graph, lambda _: asked)
+
+
+def test_blocks_that_are_part_of_a_format_have_no_fallback() -> None:
+    graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
+    with pytest.raises(InvalidInputError, match="mxfp4 does not fit layer '0'"):
+        make_cells(graph, lambda _: schemes("mxfp4"), on_indivisible="channel")
+
+
+def test_a_branch_of_too_high_a_rank_is_refused_with_the_layer() -> None:
+    graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
+    with pytest.raises(InvalidInputError, match=r"int4\+r99 does not fit layer '0'"):
+        make_cells(graph, lambda _: schemes("int4+r99"))

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq.core.errors import InvalidInputError
+from mpq.core.format_grammar import FAMILIES, examples
 from mpq.core.formats import (
     FP32,
     NATIVE_BITS,
@@ -16,6 +22,7 @@ from mpq.core.formats import (
     parse_format,
     parse_scheme,
 )
+from mpq.format_listing import parse_shape, print_formats
 from tests.oracles import slow_storage_bits
 
 natives = st.sampled_from(sorted(NATIVE_BITS)).map(parse_format)
@@ -183,3 +190,62 @@ def test_a_parsed_scheme_is_taken_as_it_is() -> None:
 )
 def test_a_scheme_is_native_only_if_nothing_is_quantized(text: str, native: bool) -> None:
     assert parse_scheme(text).is_native is native
+
+
+@pytest.mark.parametrize("role", ["weights", "activations"])
+def test_examples_of_every_family_read_back(role: str) -> None:
+    for text in examples(role):  # type: ignore[arg-type]
+        assert parse_format(text, role).text(role) == text  # type: ignore[arg-type]
+
+
+def test_the_readme_names_a_format_of_every_family() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    named = set()
+    for text in re.findall(r"`([^`\n]+)`", readme):
+        for role in ("weights", "activations"):
+            with contextlib.suppress(InvalidInputError):
+                named.add(parse_format(text, role).family)  # type: ignore[arg-type]
+    assert named == {*FAMILIES, *NATIVE_BITS}
+
+
+SHORT = {"mxfp6": "mxfp6_e3m2", "mxfp8": "mxfp8_e4m3"}
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_a_short_name_is_that_of_the_usual_element(text: str) -> None:
+    assert parse_format(text).text("weights") == SHORT[text]
+
+
+OFF = {
+    "fp8_e4m2": "a sign, 4 exponent and 2 mantissa bits are 7 bits, write 'fp7_e4m2'",
+    "fp4_e0m3": "has no exponent: write 'int4'",
+    "fp2_e1m0": "3 to 8 bits, got 2",
+    "residual_binary1": "2 to 8 bits, got 1",
+    "kmeans9": "1 to 8 bits, got 9",
+    "mxpf4": "did you mean 'mxfp4'",
+}
+
+
+@pytest.mark.parametrize("text", OFF)
+def test_what_no_format_is_gets_a_line_that_says_why(text: str) -> None:
+    with pytest.raises(InvalidInputError, match=OFF[text]):
+        parse_format(text)
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3g16", "bfp8", "bfp4g16r", "nf4", "ternary", "kmeans3"])
+def test_activations_have_their_own_formats(text: str) -> None:
+    with pytest.raises(InvalidInputError):
+        parse_format(text, "activations")
+
+
+def test_formats_are_listed_with_their_exact_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    print_formats(parse_shape("96x1536"), as_json=True)
+    found = {(one["role"], one["text"]): one for one in json.loads(capsys.readouterr().out)}
+    for role in ("weights", "activations"):
+        assert {text for of, text in found if of == role} >= set(examples(role))  # type: ignore[arg-type]
+    assert found["weights", "int4g64"]["bits"] == 4.25
+    assert found["weights", "nvfp4"]["bits"] == 4.5 + 32 / (96 * 1536)
+    print_formats(parse_shape("3x7"), as_json=False)
+    assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(InvalidInputError, match="got '3x0'"):
+        parse_shape("3x0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,34 @@ def test_a_database_of_the_first_version_keeps_its_data(address: str) -> None:
     with open_store(address) as store:
         assert store.run("abc").name == "kept"
         assert store.run("abc").spec.model == "m:n"
+
+
+def test_runs_from_before_data_was_told_have_none(address: str) -> None:
+    config = migrations()
+    engine = create_engine(address)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0007_artifacts")
+    engine.dispose()
+    sql(
+        address,
+        "INSERT INTO runs (id, name, model, metric, device, mpq_version, state, created_at, spec)"
+        " VALUES ('abc', 'kept', 'm:n', 'kl', '', '0.1.0', 'PENDING', '2026-01-01 00:00:00', "
+        '\'{"model": "m:n", "calibration": "m:d", "budgets": []}\')',
+    )
+    sql(
+        address,
+        "INSERT INTO scores (run_id, metric, unit, scheme, position, value, stderr)"
+        " VALUES ('abc', 'kl', 'a', 'int4', 0, 0.5, 0.0)",
+    )
+    assert upgrade(address) == ("0007_artifacts", HEAD)
+    with open_store(address) as store:
+        assert store.run("abc").data == {}
+        table = store.sensitivity("abc")
+        assert (table.data, list(table.values)) == ("", [0.5])
+        store.put_data("abc", "given: 1 batch", "given: 2 batches")
+        assert store.sensitivity("abc").data == "given: 1 batch"
+        store.put_sensitivity("abc", replace(table, data="given: 3 batches"))
+        assert store.sensitivity("abc").data == "given: 3 batches"
+        told = {"calibration": "given: 3 batches", "held_out": "given: 2 batches"}
+        assert store.run("abc").data == told

@@ -9,6 +9,7 @@ from mpq.core.latency import KernelCase
 from mpq.core.layers import Layer
 
 BACKEND = "onnxruntime"
+RUNTIME = "ONNX Runtime on this processor"
 _BLOCKS = (16, 32, 64, 128, 256)
 _TWO_BIT_BLOCKS = (32, 64, 128)
 _DEFAULT = {
@@ -79,6 +80,9 @@ def _decide(layer: Layer, scheme: Scheme) -> KernelCase | str:
         return f"no ONNX Runtime kernel for a layer of kind {layer.kind!r}"
     if not layer.input_shape:
         return f"layer {layer.name!r} is not called on the sample, so its shape is unknown"
+    scheme = scheme.as_stored
+    if not_integers := why_no_integers(scheme):
+        return f"{scheme}: {RUNTIME} has no kernel for {not_integers}"
     weights, activations = scheme.weights, scheme.activations
     if scheme.is_native:
         found = _native(layer, weights)
@@ -147,6 +151,15 @@ def _weight_only(layer: Layer, weights: Format, scheme: Scheme) -> _Found:
     zero_points = "" if weights.symmetric else " zero_points"
     level = " accuracy_level=4" if layer.kind == "linear" else ""
     return f"{name} bits={weights.bits} block={block}{level}{zero_points}", True
+
+
+def why_no_integers(scheme: Scheme) -> str:
+    """Return the format of a scheme that is no plain integer, nor native; "" without one."""
+    if not (scheme.weights.is_native or scheme.weights.is_plain_integer):
+        return f"weights in {scheme.weights.text('weights')}"
+    if not (scheme.activations.is_native or scheme.activations.is_plain_integer):
+        return f"activations in {scheme.activations.text('activations')}"
+    return ""
 
 
 def linear_rows(layer: Layer) -> int:

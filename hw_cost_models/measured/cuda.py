@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from hw_cost_models.measured.backend import REFERENCE, NetworkSize, checked_threads
-from hw_cost_models.measured.capability import linear_rows, shape_text
+from hw_cost_models.measured.capability import linear_rows, shape_text, why_no_integers
 from hw_cost_models.measured.device import device_fingerprint
 from hw_cost_models.measured.protocol import Op
 from hw_cost_models.measured.torch_kernels import kernel_input, native_module
@@ -164,6 +164,9 @@ def _decide(layer: Layer, scheme: Scheme, sm: tuple[int, int]) -> KernelCase | s
         return f"no CUDA kernel here for a layer of kind {layer.kind!r}"
     if not layer.input_shape:
         return f"layer {layer.name!r} is not called on the sample, so its shape is unknown"
+    scheme = scheme.as_stored
+    if not_integers := why_no_integers(scheme):
+        return f"{scheme}: no CUDA kernel here for {not_integers}"
     if scheme == Scheme(FP32):
         return KernelCase(BACKEND, f"aten::{layer.kind} fp32", shape_text(layer))
     if layer.kind != "linear":

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from hw_cost_models.measured.capability import shape_text
+from hw_cost_models.measured.capability import shape_text, why_no_integers
 from hw_cost_models.measured.torch_modules import (
     ENGINE,
     REDUCED_BITS,
@@ -22,6 +22,7 @@ from mpq.core.latency import KernelCase
 from mpq.core.layers import Convolution, Layer
 
 BACKEND = "torch_cpu"
+RUNTIME = "torch on this processor"
 
 _FP32 = {
     "linear": "linear",
@@ -107,6 +108,9 @@ def _decide(layer: Layer, scheme: Scheme) -> KernelCase | str:
         return f"no kernel of torch here for a layer of kind {layer.kind!r}"
     if not layer.input_shape:
         return f"layer {layer.name!r} is not called on the sample, so its shape is unknown"
+    scheme = scheme.as_stored
+    if not_integers := why_no_integers(scheme):
+        return f"{scheme}: {RUNTIME} has no kernel for {not_integers}"
     if scheme == Scheme(FP32):
         return KernelCase(BACKEND, f"aten::{_FP32[layer.kind]} fp32", shape_text(layer))
     if scheme.activations == FP32:

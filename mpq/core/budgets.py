@@ -7,11 +7,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import Scheme, parse_scheme
 from mpq.core.tables import CostTable
+from mpq.core.uniform import uniform_choice
 
 _UNITS: dict[str, dict[str, float]] = {
     "bytes": {
@@ -127,12 +126,7 @@ class BudgetText:
 
     def _limit(self, table: CostTable) -> float:
         if self.uniform is not None:
-            # A unit without a choice (pinned) keeps what it has, as in a uniform allocation.
-            cells = [
-                table.cells.index((unit, schemes[0] if len(schemes) == 1 else self.uniform))
-                for unit, schemes in zip(table.cells.units, table.cells.schemes, strict=True)
-            ]
-            return table.total(np.array(cells, np.int64))
+            return table.total(uniform_choice(table, self.uniform))
         if self.unit == "%":
             return self._needs(table.baseline, "a known baseline") * self.amount / 100
         if self.unit == "bpw" and table.unit == "bytes":

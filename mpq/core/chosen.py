@@ -16,7 +16,8 @@ class Chosen:
     """The scheme of every searched layer of a network, and what is known of the choice.
 
     `totals` are in the units of `cost_units` ("memory": "bytes"); `provenance` is plain data about
-    the run. Raises InvalidInputError where `schemes` is not over the searched layers.
+    the run. A KV cache is there where it is quantized. Raises InvalidInputError where `schemes` is
+    not over the searched layers.
     """
 
     graph: LayerGraph
@@ -38,10 +39,10 @@ class Chosen:
 
     @property
     def searched(self) -> tuple[tuple[Layer, Scheme], ...]:
-        """Every searched layer with its scheme, in execution order."""
+        """Every searched layer with its scheme in execution order, then caches."""
         return tuple(
             (layer, self.schemes[layer.name])
-            for layer in self.graph.layers
+            for layer in (*self.graph.layers, *self.graph.apart)
             if layer.name in self.schemes
         )
 

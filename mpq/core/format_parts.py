@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.granularity import ChannelAxis, PerGroup, matrix_of, num_scales
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ Parts = dict[str, int]  # bits of each stored array; each array is padded to who
 def stored_parts(fmt: Format, shape: tuple[int, ...], channel_axis: ChannelAxis = 0) -> Parts:
     """Return the bits of every array that a weight of `shape` is stored as, by name.
 
-    Raises InvalidInputError (`group_size`) where groups do not divide a channel's weights.
+    Raises InvalidInputError where groups do not divide a channel's weights (`group_size`) or a
+    branch has a higher rank than the weight (`rank`).
     """
     if fmt.is_native:
         return {"values": math.prod(shape) * fmt.bits}
@@ -29,6 +31,12 @@ def stored_parts(fmt: Format, shape: tuple[int, ...], channel_axis: ChannelAxis 
         return _mixed(fmt, channels, columns)
     parts = _parts(fmt, shape, channel_axis)
     if fmt.rank:
+        if fmt.rank > min(channels, columns):
+            raise InvalidInputError(
+                "rank",
+                f"{fmt.text('weights')}: a weight of shape {list(shape)} has rank "
+                f"{min(channels, columns)} at most",
+            )
         parts |= {
             "left": channels * fmt.rank * _HALF,
             "right": fmt.rank * columns * _HALF,

@@ -20,6 +20,8 @@ from mpq.core.granularity import (
 )
 
 _MADE_AHEAD = ("kmeans",)
+_INTEGER_CODES = ("int", "uint", "fixed", "bipolar", "ternary", "binary")
+_SALIENT_BITS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,29 @@ class Format:
     def is_plain_integer(self) -> bool:
         """Whether codes are integers with scales (and zero points) and nothing beside them."""
         return self.family == "int" and not self.rank and self.high is None
+
+    @property
+    def arithmetic(self) -> str:
+        """What multiplies codes as they are: "int", "float", or "" where they are read first."""
+        if self.family in _INTEGER_CODES and not (self.family == "binary" and self.variant):
+            return "int"
+        if self.family == "mx":
+            return "int" if self.variant == "int" else "float"
+        return "float" if self.family in ("float", "nvfp4") else ""
+
+    @property
+    def mean_bits(self) -> float:
+        """The mean bits of a code over the shares of a mixed format, else `bits`."""
+        if self.family == "binary" and self.share:
+            return self.bits + (_SALIENT_BITS - self.bits) * self.share / 100
+        if self.high is None:
+            return self.bits
+        return self.bits + (self.high.bits - self.bits) * self.share / 100
+
+    @property
+    def as_stored(self) -> Format:
+        """The format however codes are chosen: what a kernel or a file sees."""
+        return self if self.rounding == "nearest" else replace(self, rounding="nearest")
 
     @property
     def made_ahead(self) -> bool:
@@ -135,9 +160,10 @@ def parse_format(text: str, role: Role = "weights") -> Format:
     64 weights), a trailing "a" for asymmetric with zero points; "fp6_e3m2", "mxfp4", "nvfp4",
     "nf4g64d", "ternary", "binary" and others (`mpq formats` lists all). Behind it may stand "+r16"
     (a branch of rank 16), "+10%int8" (a tenth of the output channels in int8) or
-    "+25%groups_int4g64", and "@gptq", "@adaround" or "@flexround". Activations: "int8" (asymmetric,
-    one scale for the tensor of a sample, as CPU kernels do), "int8s" (symmetric), "int8static" (one
-    scale for all, of the calibration data; convolutions always have that), "fp8_e4m3", ...
+    "+25%groups_int4g64", and "@gptq", "@adaround" or "@flexround". Activations: "int8"
+    (asymmetric, one scale for the tensor of a sample, as CPU kernels do), "int8s" (symmetric),
+    "int8static" (one scale for all, of the calibration data; convolutions always have that),
+    "fp8_e4m3", "mxfp8_e4m3", "log2_4", ...
     Raises InvalidInputError for anything else.
     """
     if not isinstance(text, str):
@@ -212,6 +238,12 @@ class Scheme:
         if self.activations == FP32:
             return weights
         return f"{weights}:{self.activations.text('activations')}"
+
+    @property
+    def as_stored(self) -> Scheme:
+        """The scheme however codes are chosen: what a kernel or a file sees."""
+        weights = self.weights.as_stored
+        return self if weights is self.weights else replace(self, weights=weights)
 
     @property
     def is_native(self) -> bool:

@@ -12,9 +12,11 @@ from typing import Literal
 from mpq.core.errors import InvalidInputError
 from mpq.core.profiles import Profile, as_texts, given_profiles
 from mpq.core.risk import check_risk
+from mpq.core.synthetic import SYNTHESISED, Synthetic, is_synthetic
 
 Divergence = Literal["auto", "kl", "cosine", "mse"]
 Clip = Literal["minmax", "mse"]
+OnIndivisible = Literal["refuse", "channel"]
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
 _BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
@@ -27,7 +29,8 @@ class JobSpec:
     `version` is that of this record, `name` what a person calls the run. `model` is called
     without arguments and returns the network, "package.module:factory@weights.safetensors" with
     the weights of a file, or is a Hugging Face directory or id "hf:name"; `calibration` and
-    `held_out` return lists of batches; `sample` one batch of the shape that will be served
+    `held_out` return lists of batches, or ask for synthetic ones, "zeroq" or "genie(samples=128)"
+    (mpq.core.synthetic); `sample` one batch of the shape that will be served
     (default: the first calibration sample alone), which MACs, memory while running and latency
     are for; each of these may be "artifact:<digest>", an object that the database keeps.
     `profiles` are further shapes by name (mpq.core.profiles): each is a cost of its own,
@@ -35,14 +38,19 @@ class JobSpec:
     {"name": number}; `loss(output, batch)` a scalar (only the Hessian metric needs it).
     `divergence` compares outputs ("auto": cosine for outputs of unit length, else kl of logits).
     `budgets` are texts (mpq.core.budgets) that hold together. `schemes` are what every layer may
-    take (None: what the hardware runs), `clip` is how weight ranges are cut, `metric` names what
-    scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`). `embeddings` are
-    searched only where asked. Tasks run in the `executor`, "ray" with `num_workers` processes
-    (None: one for each processor) or "serial", here; `ray_address`, "auto" or "host:port", is an
-    existing Ray cluster (None: a local Ray). `worker_resources` is what each worker of Ray takes
-    beside one processor, {"gpu": 1, "device:a100": 1}: with a GPU the network and the batches are
-    on it. A task is tried `task_tries` times and hangs after `task_grace_seconds`, or 20 times the
-    median task where that is longer. Every random draw comes from `seed`.
+    take (None: what the hardware runs), `clip` is how weight ranges are cut, `on_indivisible` what
+    becomes of groups that do not divide a layer ("channel": a scale for each channel), `metric`
+    names what scores (`sensitivity.METRICS`), `solver` what chooses (`solvers.SOLVERS`).
+    `embeddings` are searched only where asked. `kv_cache` searches the caches of keys and values of
+    a language model too, {"context": 4096, "batch": 8} says how much they hold (default: the
+    sample's), in one of `kv_schemes` (None: 16 bits, int8, int4 in groups). `activations` "apart"
+    searches the inputs of layers, in `activation_schemes`, apart from weights. Tasks run in the
+    `executor`, "ray" with `num_workers` processes (None: one for each processor) or "serial",
+    here; `ray_address`, "auto" or "host:port", is an existing Ray cluster (None: a local Ray).
+    `worker_resources` is what each worker of Ray takes beside one processor, {"gpu": 1,
+    "device:a100": 1}: with a GPU the network and the batches are on it. A task is tried
+    `task_tries` times and hangs after `task_grace_seconds`, or 20 times the median task where
+    that is longer. Every random draw comes from `seed`.
     `num_probes` is the random probes of each calibration sample, `refine` the steps that try to
     improve the best measured allocation (0: none), `latency_seconds` what timing kernels may
     take. The solvers "evolution", "optuna" and "nsga2" measure at most `num_trials` allocations
@@ -79,10 +87,15 @@ class JobSpec:
     metric: str = "gauss_newton"
     solver: str = "auto"
     clip: Clip = "minmax"
+    on_indivisible: OnIndivisible = "refuse"
     skip: tuple[str, ...] = ()
     pin: dict[str, str] = field(default_factory=dict)
     groups: Literal["auto", "none"] | tuple[tuple[str, ...], ...] = "auto"
     embeddings: bool = False
+    kv_cache: bool | dict[str, int] = False
+    kv_schemes: tuple[str, ...] | None = None
+    activations: Literal["tied", "apart"] = "tied"
+    activation_schemes: tuple[str, ...] | None = None
     hardware: str = "local"
     quality: dict[str, str] = field(default_factory=dict)
     quality_groups: Literal["auto"] | dict[str, tuple[str, ...]] = "auto"
@@ -118,6 +131,7 @@ class JobSpec:
                 raise InvalidInputError(
                     "job_value", f"{name}: a positive number of seconds, got {seconds!r}"
                 )
+        self._check_apart()
         object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
@@ -132,6 +146,9 @@ class JobSpec:
                 "job_value",
                 f"ray_address {self.ray_address!r} is for executor 'ray', got {self.executor!r}",
             )
+        for name in SYNTHESISED:
+            if is_synthetic(asked := getattr(self, name)):
+                Synthetic.parse(asked)
         self._check_worker_resources()
         if self.risk is not None:
             check_risk(self.risk, "job_value")
@@ -152,6 +169,30 @@ class JobSpec:
         if self.minimise is None:
             return {}
         return {self.minimise: 1.0} if isinstance(self.minimise, str) else dict(self.minimise)
+
+    def _check_apart(self) -> None:
+        sizes = self.kv_cache if isinstance(self.kv_cache, Mapping) else {}
+        for name, size in sizes.items():
+            whole = isinstance(size, Integral) and not isinstance(size, bool) and size > 0
+            if name not in ("context", "batch") or not whole:
+                raise InvalidInputError(
+                    "job_value",
+                    "kv_cache is true, or {'context': 4096, 'batch': 8} in whole numbers, got "
+                    f"{name!r}: {size!r}",
+                )
+        if not isinstance(self.kv_cache, bool | Mapping):
+            raise InvalidInputError(
+                "job_value", f"kv_cache is true or {{'context': 4096}}, got {self.kv_cache!r}"
+            )
+        for name, needs, given in (
+            ("kv_schemes", "kv_cache=True", self.kv_cache is not False),
+            ("activation_schemes", "activations='apart'", self.activations == "apart"),
+        ):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or (texts is not None and not texts):
+                raise InvalidInputError("job_value", f"{name} is a list of texts, got {texts!r}")
+            if texts is not None and not given:
+                raise InvalidInputError("job_value", f"{name} needs {needs}: add it")
 
     def _check_worker_resources(self) -> None:
         for name, amount in self.worker_resources.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 
-from mpq.core.formats import ChannelAxis, Format
+from mpq.core.formats import FP32, ChannelAxis, Format, Scheme, native_scheme
 
 LayerName = str
 UnitName = str
@@ -43,10 +43,17 @@ class Layer:
     one scale for each row of each expert, groups along the last axis. A call is one matrix product
     that reads it, `macs` are those that were run (with routing, for the tokens sent to an expert),
     and the shapes of its input and output are unknown: ().
+
+    What is searched apart from a weight is a layer too, of which `source` names the layer that
+    computes with it; it stores nothing in the file. "fc.input", of the kind of fc, is the tensor
+    that enters fc: only the activations of its scheme count. "attn.k_cache", of kind "kv_cache",
+    is what the cache keeps of the keys: the weight format of its scheme is that of a matrix with
+    one row for each token and head, `weight_shape`, and `weight_bytes` is its size in 16 bits.
     """
 
     name: LayerName
-    kind: str  # "linear" | "conv1d" | "conv2d" | "conv_transpose2d" | "embedding" | "experts"
+    # "linear" | "conv1d" | "conv2d" | "conv_transpose2d" | "embedding" | "experts" | "kv_cache"
+    kind: str
     weight_shape: tuple[int, ...]
     weight_id: str
     weight_bytes: int
@@ -58,6 +65,17 @@ class Layer:
     convolution: Convolution | None = None
     input_range: tuple[float, float] | None = None
     native_family: str = "fp32"
+    source: LayerName = ""
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether this is a cache of keys or values."""
+        return self.kind == "kv_cache"
+
+    @property
+    def is_input(self) -> bool:
+        """Whether this is the input of another layer, searched apart from its weight."""
+        return bool(self.source) and not self.is_cache
 
     def static_range(self, activations: Format) -> tuple[float, float] | None:
         """Return the input range that activations of a format have, None where each sample's own.
@@ -79,6 +97,8 @@ class Layer:
         """Why nothing that enters the layer can be quantized, "" where it can."""
         if self.kind == "embedding":
             return "reads indices"
+        if self.is_cache:
+            return "is stored, not multiplied"
         return "has no input of its own" if self.kind == "experts" else ""
 
     @property
@@ -112,18 +132,65 @@ class LayerGraph:
 
     `layers` are in execution order; `units` partition the searched ones; `unsearched` lists all
     other stored tensors, so that searched weights + unsearched = the whole network, once.
-    `sample` describes the batch the shapes belong to.
+    `sample` describes the batch the shapes belong to. `apart` are caches and inputs that are
+    searched beside the weights (see `Layer`); a cache that no unit holds stays as it is.
     """
 
     layers: tuple[Layer, ...]
     units: tuple[Unit, ...]
     unsearched: tuple[Unsearched, ...]
     sample: str
+    apart: tuple[Layer, ...] = ()
 
     @property
     def by_name(self) -> Mapping[LayerName, Layer]:
-        """Layers by name."""
-        return {layer.name: layer for layer in self.layers}
+        """Layers by name, those apart too."""
+        return {layer.name: layer for layer in (*self.layers, *self.apart)}
+
+    @property
+    def kernels(self) -> Mapping[UnitName, tuple[Layer, ...]]:
+        """The layers of each unit that run a kernel of their own: those that hold a weight."""
+        named = self.by_name
+        return {
+            unit.name: tuple(named[n] for n in unit.layers if not named[n].source)
+            for unit in self.units
+        }
+
+    def only(self, names: Container[LayerName]) -> LayerGraph:
+        """Return the graph in which these alone are searched, others of `apart` are gone."""
+        kept = (replace(u, layers=tuple(n for n in u.layers if n in names)) for u in self.units)
+        return replace(
+            self,
+            units=tuple(unit for unit in kept if unit.layers),
+            apart=tuple(part for part in self.apart if part.name in names),
+        )
+
+    @property
+    def without_apart(self) -> LayerGraph:
+        """The graph in which layers alone are searched, whatever their input."""
+        return self.only({layer.name for layer in self.layers})
+
+    def merged(self, schemes: Mapping[LayerName, Scheme]) -> dict[LayerName, Scheme]:
+        """Return the schemes that layers and caches run in: inputs go into their layer's scheme.
+
+        A layer of which only the input is given keeps its weight as it is.
+        """
+        found = dict(schemes)
+        for part in self.apart:
+            if part.is_input and part.name in found:
+                own = found.get(part.source) or native_scheme(part.native_family)
+                found[part.source] = Scheme(own.weights, found.pop(part.name).activations)
+        return found
+
+    def expanded(self, schemes: Mapping[LayerName, Scheme]) -> dict[LayerName, Scheme]:
+        """Return the schemes of every layer with those of inputs apart, inverse of `merged`."""
+        found = dict(schemes)
+        for part in self.apart:
+            if part.is_input and part.source in found:
+                own = found[part.source]
+                found[part.source] = Scheme(own.weights)
+                found[part.name] = Scheme(FP32, own.activations)
+        return found
 
     @property
     def input_ranges(self) -> Mapping[LayerName, tuple[float, float]]:
@@ -132,7 +199,7 @@ class LayerGraph:
         return {name: limits for name, limits in ranges.items() if limits is not None}
 
     def stored_layers(self, unit: Unit) -> tuple[Layer, ...]:
-        """Return the layers of a unit, one for each weight that is really stored."""
+        """Return the layers of a unit, one for each weight that is really stored in the file."""
         return _stored(unit, self.by_name)
 
     @property
@@ -160,4 +227,5 @@ class LayerGraph:
 
 
 def _stored(unit: Unit, named: Mapping[LayerName, Layer]) -> tuple[Layer, ...]:
-    return tuple({named[n].weight_id: named[n] for n in reversed(unit.layers)}.values())[::-1]
+    held = [named[name] for name in reversed(unit.layers) if not named[name].source]
+    return tuple({layer.weight_id: layer for layer in held}.values())[::-1]

@@ -17,6 +17,7 @@ from mpq.core.infeasibility import Conflict, Infeasibility
 from mpq.core.layers import UnitName
 from mpq.core.sums import exact_sum
 from mpq.core.tables import Cell, Cells, CostTable, Indices, Responses, SensitivityTable
+from mpq.core.uniform import uniform_choices
 
 
 class Allocation(Mapping[UnitName, Scheme]):
@@ -191,24 +192,16 @@ class Problem:
             ),
         )
 
-    def uniform(self) -> dict[Scheme, Allocation]:
+    def uniform(self) -> dict[Scheme | str, Allocation]:
         """Return every allocation that gives one scheme to all units that have a choice.
 
         Units with a single scheme keep it; a scheme that some free unit may not take is left out.
+        Caches and inputs searched apart have a uniform scheme of their own: all combinations.
         """
-        if all(len(schemes) == 1 for schemes in self.cells.schemes):
-            return {}
-        kinds = self.cells.kinds
-        shared = set.intersection(*(set(schemes) for schemes in kinds if len(schemes) > 1))
-        order = dict.fromkeys(s for schemes in kinds for s in schemes)
-        kind_of = {id(schemes): number for number, schemes in enumerate(kinds)}
-        of_unit = np.array([kind_of[id(schemes)] for schemes in self.cells.schemes], np.int64)
-        found = {}
-        for scheme in (s for s in order if s in shared):
-            place = [0 if len(schemes) == 1 else schemes.index(scheme) for schemes in kinds]
-            choice = self.cells.offsets[:-1] + np.array(place)[of_unit]
-            found[scheme] = Allocation.from_choice(self.cells, choice)
-        return found
+        return {
+            scheme: Allocation.from_choice(self.cells, choice)
+            for scheme, choice in uniform_choices(self.cells).items()
+        }
 
     def fits(self, allocation: Allocation) -> bool:
         """Tell whether an allocation meets every budget and constraint."""

@@ -132,6 +132,10 @@ class Exporter(Protocol):
     def keeps_static(self) -> bool:
         """Whether its file says that activations of a linear layer have a static range."""
 
+    @property
+    def every_format(self) -> bool:
+        """Whether its file names any format and rounding; otherwise integers alone, as stored."""
+
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return which rule of the target a scheme breaks on a layer, "" where it runs it."""
 

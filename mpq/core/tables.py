@@ -146,13 +146,15 @@ def _gathered(values: Mapping[Cell, float]) -> tuple[Cells, list[float]]:
 class SensitivityTable:
     """Predicted loss increase of each cell, additive over units; lower is better.
 
-    `stderr` is the standard error of each estimate, 0 where it is exact.
+    `stderr` is the standard error of each estimate, 0 where it is exact. `data` tells which batches
+    it was measured on, "given: 4 batches, ..." or "zeroq(...): ..."; "" where nobody knows.
     """
 
     metric: str
     cells: Cells
     values: Floats
     stderr: Floats
+    data: str = ""
 
     def __post_init__(self) -> None:
         name = f"sensitivity {self.metric!r}"
@@ -198,12 +200,7 @@ class SensitivityTable:
 
     def restrict(self, cells: Cells, numbers: Indices) -> SensitivityTable:
         """Return the table over fewer cells (see `Cells.restrict`)."""
-        return SensitivityTable(
-            metric=self.metric,
-            cells=cells,
-            values=self.values[numbers],
-            stderr=self.stderr[numbers],
-        )
+        return replace(self, cells=cells, values=self.values[numbers], stderr=self.stderr[numbers])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.formats import parse_scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.limits import Limit
+from mpq.core.synthetic import SYNTHESISED, is_synthetic
 from mpq.dashboard.problems import ProblemError
 from mpq.dashboard.settings import Settings
 from mpq.jobfile import job_names, parse_job
@@ -79,7 +80,8 @@ def check_text(content: Any) -> None:
 
 def _entry_points(spec: JobSpec) -> Iterator[tuple[str, str]]:
     for name in ("calibration", "held_out", "sample", "evaluate", "loss"):
-        if (text := getattr(spec, name)) is not None:
+        text = getattr(spec, name)
+        if text is not None and not (name in SYNTHESISED and is_synthetic(text)):
             yield name, text
     for name, text in spec.quality.items():
         if ":" in text:

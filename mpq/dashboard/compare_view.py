@@ -138,7 +138,9 @@ def _layers(store: Store, run_id: str) -> dict[str, Scheme]:
     chosen, graph = dict(store.solutions(run_id))[CHOSEN].allocation, store.graph(run_id)
     assert chosen is not None
     found = {layer: chosen[unit.name] for unit in graph.units for layer in unit.layers}
-    return {layer.name: found[layer.name] for layer in graph.layers if layer.name in found}
+    merged = graph.merged(found)
+    shown = (layer.name for layer in (*graph.layers, *graph.apart))
+    return {name: merged[name] for name in shown if name in merged}
 
 
 def _setting(value: Any) -> str:

@@ -41,6 +41,7 @@ class Section:
     rare: tuple[Field, ...]
 
 
+_APART = ("kv_cache", "kv_schemes", "activations", "activation_schemes")
 _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "What",
@@ -48,7 +49,11 @@ _ORDER: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("sample", "loss", "profiles", "quality", "quality_groups"),
     ),
     ("Budgets", ("budgets", "limits", "minimise"), ("risk",)),
-    ("Choices", ("schemes", "hardware", "skip", "pin"), ("embeddings", "groups", "clip")),
+    (
+        "Choices",
+        ("schemes", "hardware", "skip", "pin"),
+        ("embeddings", *_APART, "groups", "clip", "on_indivisible"),
+    ),
     ("How", ("metric", "solver", "divergence"), ()),  # and every key that is nowhere else
 )
 # Key: label, what it means, an example.
@@ -61,7 +66,8 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     ),
     "calibration": (
         "Calibration batches",
-        "entry point of a function that returns a list of batches",
+        "entry point of a function that returns a list of batches; where there are none: "
+        "zeroq, genie (both need a sample) or random_tokens",
         "package.module:calibration_batches",
     ),
     "held_out": (
@@ -116,12 +122,29 @@ _WORDS: dict[str, tuple[str, str, str]] = {
     "skip": ("Leave out", "layer names or patterns, one a line", "*.head"),
     "pin": ("Pin", "one 'layer = scheme' a line; layers may be patterns", "lm_head = int8"),
     "embeddings": ("Search embeddings too", "", ""),
+    "kv_cache": (
+        "Search KV caches too",
+        "true: as large as the sample's; or JSON",
+        '{"context": 4096, "batch": 8}',
+    ),
+    "kv_schemes": (
+        "Schemes of caches",
+        "one a line; none: 16 bits, int8, int4 in groups",
+        "bf16\nint8\nint4g32",
+    ),
+    "activations": ("Activations", "tied: a scheme has them; apart: searched by themselves", ""),
+    "activation_schemes": (
+        "Schemes of inputs",
+        "where apart; one a line; none: fp32, int8, int6, int4",
+        "fp32\nint8",
+    ),
     "groups": (
         "Units",
         "auto, none, or further groups of layers as JSON",
         '[["layer.a", "layer.b"]]',
     ),
     "clip": ("Range of weights", "how it is cut", ""),
+    "on_indivisible": ("Groups that do not divide", "refused, or a scale for each channel", ""),
     "metric": ("Metric", "what scores layers", ""),
     "solver": ("Solver", "what chooses", ""),
     "divergence": ("Divergence", "how outputs are compared", ""),

@@ -78,7 +78,7 @@ def layers_view(run: LoadedRun) -> LayersView:
                     unit=unit.name,
                     kind=layer.kind,
                     shape="×".join(map(str, layer.weight_shape)),
-                    share=layer.num_weights / max(elements, 1),
+                    share=0.0 if layer.source else layer.num_weights / max(elements, 1),
                     time_share=times.get(unit.name),
                     scheme=str(cell[1]),
                     loss=float(problem.sensitivity.values[number]),
@@ -87,7 +87,7 @@ def layers_view(run: LoadedRun) -> LayersView:
                     is_pinned=len(problem.cells.schemes[problem.cells.unit_number(unit.name)]) == 1,
                 )
             )
-    order = {layer.name: place for place, layer in enumerate(graph.layers)}
+    order = {layer.name: place for place, layer in enumerate((*graph.layers, *graph.apart))}
     return LayersView(
         costs=tuple(cost_label(table) for table in problem.costs.values()),
         layers=tuple(sorted(rows, key=lambda row: order[row.layer])),

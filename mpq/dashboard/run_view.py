@@ -138,8 +138,7 @@ def units(graph: LayerGraph, problem: Problem) -> tuple[UnitView, ...]:
     layers = graph.by_name
 
     def weights(unit: Unit) -> int:
-        stored = {layers[name].weight_id: layers[name].num_weights for name in unit.layers}
-        return sum(stored.values())
+        return sum(layer.num_weights for layer in graph.stored_layers(unit))
 
     texts = {id(kind): tuple(map(str, kind)) for kind in problem.cells.kinds}
 

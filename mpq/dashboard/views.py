@@ -20,8 +20,8 @@ class RunView:
     """One run as a list tells it; numbers are None where the run did not get that far.
 
     `totals` are those of the chosen allocation, in bytes, s, ...; `predicted` is its predicted
-    loss, `divergence` what was measured on held-out batches. `job` has every key of the job,
-    secrets masked.
+    loss, `divergence` what was measured on held-out batches. `calibration_data` and
+    `held_out_data` tell which batches those are. `job` has every key of the job, secrets masked.
     """
 
     id: str
@@ -44,6 +44,8 @@ class RunView:
     totals: Mapping[str, float | None]
     metrics: Mapping[str, float | None]
     has_graph: bool
+    calibration_data: str
+    held_out_data: str
     job: Mapping[str, Any]
 
     @property
@@ -150,6 +152,8 @@ def run_view(row: RunSummary, job: bool = True) -> RunView:
         totals=finite_values(row.totals),
         metrics=finite_values(row.metrics),
         has_graph=run.has_graph,
+        calibration_data=run.calibration_data,
+        held_out_data=run.held_out_data,
         job=masked_job(run.spec) if job else {},
     )
 

@@ -130,7 +130,7 @@ def units_view(graph: LayerGraph) -> UnitsView:
                     name=layer.name,
                     kind=layer.kind,
                     weight_shape=layer.weight_shape,
-                    weights=layer.num_weights,
+                    weights=0 if layer.source else layer.num_weights,
                     macs=layer.macs,
                     order=layer.order,
                 )

@@ -16,17 +16,20 @@ from torch import nn
 from mpq.artifacts import restored
 from mpq.core.deployment import Deployment
 from mpq.core.errors import InvalidInputError, RunFailedError
+from mpq.core.formats import Scheme, native_scheme
 from mpq.core.latency import KernelLatency
-from mpq.core.layers import LayerGraph
+from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.live import is_live
 from mpq.core.profiles import Profile
+from mpq.core.synthetic import is_synthetic
+from mpq.data import Data, load_data
 from mpq.deploy.network import relative
 from mpq.deploy.profile_times import InRuntime, batches_of, predicted_s, profile_of, profile_times
 from mpq.deploy.target import Array, Target, Written, get_target
 from mpq.deploy.timing import network_case, time_networks
 from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
-from mpq.nn.batches import Batch, call, check_batches, cut, describe
+from mpq.nn.batches import Batch, call, cut, describe
 from mpq.nn.patch import evaluating, quantized
 from mpq.nn.weights import layer_module, weight_of
 from mpq.report import check_writable
@@ -77,8 +80,9 @@ def deploy(
     spec = result.store.run(result.run_id).spec
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
-    schemes, quantizer = dict(result.allocation), result.quantizer
-    exported = runtime.export(network.model, result.graph, network.sample)
+    graph = result.graph.without_apart
+    schemes, quantizer = _schemes(result, target), result.quantizer
+    exported = runtime.export(network.model, graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
     searched = partial(quantized, schemes=schemes, quantizer=quantizer)
     outputs = _outputs(network, written, partial(searched, limits=result.graph.input_ranges))
@@ -86,7 +90,7 @@ def deploy(
     path = Path(path)
     path.write_bytes(written.serialized)
     shape = describe(network.sample)
-    stored = read_bytes(result.graph, schemes), read_bytes(result.graph, {})
+    stored = read_bytes(graph, schemes), read_bytes(graph, {})
     mixed, fp32 = time_networks(
         runtime,
         {
@@ -101,7 +105,7 @@ def deploy(
     deployed = InRuntime(
         target=runtime,
         model=network.model,
-        graph=result.graph,
+        graph=graph,
         mixed=written,
         fp32=exported.fp32,
         schemes=schemes,
@@ -140,10 +144,13 @@ def _network(result: SearchResult, model: Any, calibration: Any, sample: Any) ->
     if source is None:
         raise _missing("model", spec.model)
     network = load_model(source)
-    _check_searched(network, result.graph)
-    found = load_batches(_or_kept(result, calibration, spec.calibration), "calibration")
-    batches = () if found is None else check_batches("calibration", found)
+    _check_searched(network, result.graph.without_apart)
     served = load_batches(_or_kept(result, sample, spec.sample), "sample")
+    found = _or_kept(result, calibration, spec.calibration)
+    data = Data()
+    if found is not None and not (is_synthetic(found) and served is None and spec.sample):
+        data = load_data(found, "calibration", network, served, seed=spec.seed)
+    batches = data.batches
     if served is None and spec.sample is not None:
         raise _missing("sample", spec.sample)
     if served is None and not batches:
@@ -161,6 +168,21 @@ def _missing(what: str, kept: str) -> InvalidInputError:
     return InvalidInputError(
         what, f"the run's {what} was an object, {kept}, which is not kept: pass {what}=..."
     )
+
+
+def _schemes(result: SearchResult, target: str) -> dict[LayerName, Scheme]:
+    """Return the schemes of layers; raises InvalidInputError where a KV cache is quantized."""
+    layers, found = result.graph.by_name, {}
+    for name, scheme in result.allocation.items():
+        if not layers[name].is_cache:
+            found[name] = scheme
+        elif not scheme.is_native:
+            raise InvalidInputError(
+                "deploy",
+                f"cache {name!r} is {scheme}: target {target!r} runs a network that keeps no KV "
+                f"cache; pin caches to {native_scheme(layers[name].native_family)}",
+            )
+    return found
 
 
 def _check_searched(model: nn.Module, graph: LayerGraph) -> None:

@@ -15,7 +15,7 @@ from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.protocols import Exporter
 from mpq.export.names import chosen_without, graph_without
-from mpq.export.rules import as_it_is, check_runs
+from mpq.export.rules import as_it_is, as_told, check_runs
 
 _MALFORMED = (
     AttributeError,
@@ -77,7 +77,7 @@ def export_allocation(
 def export_text(target: str, chosen: Chosen, *, strip: str = "", **options: Any) -> tuple[str, str]:
     """Return the usual name of the file that `export_allocation` writes, and its content."""
     exporter = get_exporter(target, **options)
-    named = chosen_without(strip, chosen)
+    named = as_told(exporter, chosen_without(strip, chosen))
     check_runs(exporter, named)
     return f"mpq-{target}{exporter.suffix}", exporter.text(named)
 
@@ -108,12 +108,9 @@ def import_allocation(
             "import", f"{path} names layer {other[0]!r}, which the network does not have"
         )
     layers = graph.by_name
+    searched = [n for u in graph.units for n in u.layers if not layers[n].is_input]
     return Allocation(
-        {
-            name: found.get(name.removeprefix(strip), as_it_is(layers[name]))
-            for unit in graph.units
-            for name in unit.layers
-        }
+        graph.expanded({n: found.get(n.removeprefix(strip), as_it_is(layers[n])) for n in searched})
     )
 
 
@@ -123,6 +120,7 @@ def predicted_bytes(target: str, chosen: Chosen, **options: Any) -> int | None:
     Tied weights count once. None where the target stores no network.
     """
     exporter = get_exporter(target, **options)
+    chosen = as_told(exporter, chosen)
     check_runs(exporter, chosen)
     total = chosen.graph.fixed_bytes
     for unit in chosen.graph.units:

@@ -86,6 +86,7 @@ class AllocationJson:
     suffix = ".json"
     fuses = False
     keeps_static = True
+    every_format = True
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return "": it holds every scheme."""

@@ -33,6 +33,7 @@ class CompressedTensorsHf:
     suffix = ".json"
     fuses = False
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""
@@ -110,6 +111,7 @@ class CompressedTensors(CompressedTensorsHf):
     name = "compressed-tensors"
     fuses = True
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

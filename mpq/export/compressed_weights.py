@@ -19,7 +19,7 @@ from mpq.core.formats import PerTensor, Scheme
 from mpq.export import get_exporter
 from mpq.export.compressed_tensors import INTEGER, group_format, refuse_tied
 from mpq.export.packed import PackedFile
-from mpq.export.rules import check_runs
+from mpq.export.rules import as_told, check_runs
 from mpq.nn.quantizers import StoredWeight, WeightQuantizer
 
 
@@ -36,7 +36,8 @@ def write_compressed(
     """
     from safetensors.torch import save_file
 
-    check_runs(get_exporter(target), chosen)
+    exporter = get_exporter(target)
+    check_runs(exporter, as_told(exporter, chosen))
     refuse_tied(chosen)
     quantizer = quantizer or WeightQuantizer()
     stored = {part.name for part in chosen.graph.unsearched}

@@ -57,6 +57,7 @@ class Gguf:
     suffix = ".txt"
     fuses = False
     keeps_static = False
+    every_format = False
 
     def __init__(self, arch: str | None = None) -> None:
         self._arch = arch

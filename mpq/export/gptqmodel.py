@@ -32,6 +32,7 @@ class GptqModel:
     suffix = ".json"
     fuses = True
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

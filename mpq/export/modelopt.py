@@ -32,6 +32,7 @@ class ModelOpt:
     suffix = ".py"
     fuses = True
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""
@@ -87,6 +88,7 @@ class ModelOptHf:
     suffix = ".json"
     fuses = True
     keeps_static = False
+    every_format = False
     algorithms: Mapping[str, Mapping[str, Any]] = {
         "int8": {"quant_algo": "W8A16"},
         "int8:int8s": {"quant_algo": "W8A8_SQ_PER_CHANNEL"},

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
-from mpq.core.layers import LayerGraph
+from mpq.core.layers import Layer, LayerGraph
 
 
 def graph_without(prefix: str, graph: LayerGraph) -> LayerGraph:
@@ -21,16 +21,15 @@ def graph_without(prefix: str, graph: LayerGraph) -> LayerGraph:
         raise InvalidInputError(
             "strip", f"no layer's name starts with {prefix!r}: they are like {searched[0]!r}"
         )
+
+    def named(layer: Layer) -> Layer:
+        parts = ("name", "weight_id", "source")
+        return replace(layer, **{p: getattr(layer, p).removeprefix(prefix) for p in parts})
+
     return replace(
         graph,
-        layers=tuple(
-            replace(
-                layer,
-                name=layer.name.removeprefix(prefix),
-                weight_id=layer.weight_id.removeprefix(prefix),
-            )
-            for layer in graph.layers
-        ),
+        layers=tuple(map(named, graph.layers)),
+        apart=tuple(map(named, graph.apart)),
         units=tuple(
             replace(
                 unit,

@@ -54,6 +54,7 @@ class Nncf:
     suffix = ".py"
     fuses = False
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

@@ -47,6 +47,7 @@ class OnnxRuntime:
     suffix = ".json"
     fuses = False
     keeps_static = False
+    every_format = False
 
     def __init__(self, names: Mapping[LayerName, OnnxName] | None = None) -> None:
         self._names = names or {}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mpq.core.chosen import Chosen
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import NATIVE_BITS, PerGroup, Scheme, parse_scheme
+from mpq.core.formats import NATIVE_BITS, Format, PerGroup, Role, Scheme, parse_scheme
 from mpq.core.layers import Layer
 from mpq.core.protocols import Exporter
 from mpq.nn.units import fused_siblings
 
+_NO_CACHES = "says nothing of KV caches in its file: search without kv_cache, or pin caches"
 GROUPS = (16, 32, 64, 128, 256)
 
 
@@ -28,6 +30,13 @@ def check_runs(exporter: Exporter, chosen: Chosen) -> None:
             )
     if exporter.fuses:
         _check_fused(exporter, chosen)
+
+
+def as_told(exporter: Exporter, chosen: Chosen) -> Chosen:
+    """Return what a target is told: of a rounding nothing, unless its file names every format."""
+    if exporter.every_format:
+        return chosen
+    return replace(chosen, schemes={name: s.as_stored for name, s in chosen.schemes.items()})
 
 
 def runnable(exporter: Exporter, layer: Layer) -> tuple[Scheme, ...]:
@@ -76,6 +85,9 @@ def refuse_native(layer: Layer, scheme: Scheme) -> str:
 
 
 def _refusal(exporter: Exporter, layer: Layer, scheme: Scheme) -> str:
+    if layer.is_cache:
+        own = scheme.weights.is_native or exporter.name == "mpq"
+        return "" if own else _NO_CACHES
     try:
         scheme.weights.num_scales(layer.weight_shape, layer.channel_axis)
     except InvalidInputError as error:
@@ -84,6 +96,14 @@ def _refusal(exporter: Exporter, layer: Layer, scheme: Scheme) -> str:
         return f"cannot quantize activations of a layer that {layer.why_weights_only}"
     if scheme.activations.static and not exporter.keeps_static:
         return "has no static range of activations in its file"
+    if not exporter.every_format:
+        roles: tuple[tuple[Format, Role], ...] = (
+            (scheme.weights, "weights"),
+            (scheme.activations, "activations"),
+        )
+        for fmt, role in roles:
+            if not fmt.is_native and not fmt.is_plain_integer:
+                return f"has no {role} in {fmt.text(role)}"
     return exporter.refusal(layer, scheme)
 
 

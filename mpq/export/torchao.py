@@ -40,6 +40,7 @@ class TorchAo:
     suffix = ".json"
     fuses = False
     keeps_static = False
+    every_format = False
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return the rule that a scheme breaks on a layer."""

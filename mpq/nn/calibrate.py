@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.nn.batches import Batch, checked_call
 from mpq.nn.patch import evaluating
 
@@ -27,10 +27,18 @@ def with_input_ranges(
     """
     kinds = graph.by_name
     searched = [name for unit in graph.units for name in unit.layers]
-    names = [n for n in searched if kinds[n].kind.startswith("conv") or n in static]
+    wanted = [kinds[n] for n in searched if kinds[n].kind.startswith("conv") or n in static]
+    names = dict.fromkeys(_reader(layer) for layer in wanted)
     ranges = _min_max(model, names, batches)
-    layers = (replace(layer, input_range=ranges.get(layer.name)) for layer in graph.layers)
-    return replace(graph, layers=tuple(layers))
+
+    def ranged(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+        return tuple(replace(la, input_range=ranges.get(_reader(la))) for la in layers)
+
+    return replace(graph, layers=ranged(graph.layers), apart=ranged(graph.apart))
+
+
+def _reader(layer: Layer) -> LayerName:
+    return layer.source if layer.is_input else layer.name
 
 
 def output_ranges(

@@ -17,6 +17,7 @@ from mpq.core.errors import InvalidInputError, MpqWarning
 from mpq.core.layers import Convolution, Layer, LayerGraph, LayerName, Unsearched
 from mpq.core.patterns import matching
 from mpq.nn.batches import Batch, call, describe
+from mpq.nn.inputs import with_inputs
 from mpq.nn.patch import evaluating
 from mpq.nn.products import MatrixProducts
 from mpq.nn.replay import replay
@@ -65,13 +66,15 @@ def build_graph(
     skip: Sequence[str] = (),
     groups: Groups = "auto",
     embeddings: bool = False,
+    inputs: bool = False,
 ) -> LayerGraph:
     """Return the layer graph of `model` as it runs on `sample` (two forward passes, or three).
 
     `skip` holds layer names or shell patterns that stay out of the search; embeddings, and
-    layers tied to one, stay out unless `embeddings`. A 3-D parameter of several matrices that
-    matrix products read (experts) is a layer too. On the meta device, where there are no numbers,
-    what needs them is not checked. Raises InvalidInputError where nothing can
+    layers tied to one, stay out unless `embeddings`; `inputs` makes units of layer inputs. A 3-D
+    parameter of several matrices that matrix products read (experts) is a layer too. On the meta
+    device, where there are no numbers, what needs them is not checked. Raises InvalidInputError
+    where nothing can
     be quantized, a pattern matches nothing, a searched weight is not finite, or the model is
     already quantized.
     """
@@ -105,12 +108,14 @@ def build_graph(
         raise InvalidInputError("nothing_to_quantize", f"every layer is left out: {why}")
     _refuse_not_finite({name: modules[name] for name in searched})
     in_order = sorted(searched.values(), key=lambda layer: layer.order)
-    return LayerGraph(
+    sources = {name: trace.source for name, trace in traces.items()}
+    graph = LayerGraph(
         layers=tuple(sorted(layers.values(), key=lambda layer: (layer.order < 0, layer.order))),
-        units=group_units(in_order, {n: t.source for n, t in traces.items()}, groups),
+        units=group_units(in_order, sources, groups),
         unsearched=_unsearched(model, searched, layers, reasons),
         sample=describe(sample),
     )
+    return with_inputs(graph, sources) if inputs else graph
 
 
 def _stacks(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

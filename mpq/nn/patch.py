@@ -13,7 +13,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import LayerName
 from mpq.nn.quantizers import WeightQuantizer, fake_quantize_activation
-from mpq.nn.weights import ExpertWeight, channel_axis_of, layer_module, weight_of
+from mpq.nn.weights import CacheOf, ExpertWeight, channel_axis_of, layer_module, weight_of
 
 ParameterName = str
 Limits = Mapping[LayerName, tuple[float, float]]  # calibrated ranges of layer inputs
@@ -69,7 +69,8 @@ def quantized(
     """Run the model as its layers' schemes would: weights and layer inputs fake-quantized.
 
     Weights are replaced, never written to, so the originals come back as the same objects, also
-    on error; a tied weight is replaced wherever it is used. `limits` gives static ranges of
+    on error; a tied weight is replaced wherever it is used. Under the name of a KV cache what is
+    kept of its projection's output is quantized. `limits` gives static ranges of
     layer inputs, for convolutions and what is static by its format; others quantize sample by
     sample. Raises InvalidInputError (`no_range`) for a static format without a range.
     """
@@ -80,6 +81,9 @@ def quantized(
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, scheme in schemes.items():
             module = modules[name]
+            if isinstance(module, CacheOf):
+                restore.callback(_quantize_cache(module, scheme).remove)
+                continue
             weight = weight_of(module)
             if id(weight) not in replaced:
                 own = weight.detach()
@@ -142,3 +146,11 @@ def _quantize_input(
         return (seen, *rest)
 
     return module.register_forward_pre_hook(hook)
+
+
+def _quantize_cache(cache: CacheOf, scheme: Scheme) -> RemovableHandle:
+    def hook(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        kept = cache.kept(output, scheme.weights)
+        return output + (kept - output).detach() if output.requires_grad else kept
+
+    return cache.projection.register_forward_hook(hook)

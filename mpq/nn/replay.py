@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mpq.nn.weights import ExpertWeight
+from mpq.nn.weights import CacheOf, ExpertWeight
 
 
 def replay(
@@ -17,7 +17,7 @@ def replay(
     """Return the output of `module` on `inputs` with `weight` and `bias` in place of its own.
 
     Linear in the weight (without bias) for every layer kind, embeddings included. The output of
-    experts is the weight itself.
+    experts is the weight itself, that of a KV cache its input.
     """
     if isinstance(module, nn.Linear):
         return F.linear(inputs, weight, bias)
@@ -37,4 +37,6 @@ def replay(
         return F.conv_transpose2d(inputs, weight, bias, **geometry)
     if isinstance(module, ExpertWeight):
         return weight
+    if isinstance(module, CacheOf):
+        return inputs
     raise TypeError(f"no replay of {type(module).__name__}")

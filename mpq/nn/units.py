@@ -101,7 +101,7 @@ class _Partition:
         unique = {id(members): members for members in self._sets.values()}
         return tuple(
             Unit(
-                name=_unit_name(members),
+                name=unit_name(members),
                 layers=tuple(members),
                 reason=", ".join(self._reasons[members[0]]) or "single layer",
             )
@@ -109,7 +109,8 @@ class _Partition:
         )
 
 
-def _unit_name(members: Sequence[LayerName]) -> str:
+def unit_name(members: Sequence[LayerName]) -> str:
+    """Return the name of a unit of some layers: "attn.{q,k,v}" for siblings."""
     if len(members) == 1:
         return members[0]
     parents = {name.rpartition(".")[0] for name in members}

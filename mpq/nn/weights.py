@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import ChannelAxis
+from mpq.core.formats import ChannelAxis, Format
 from mpq.core.layers import LayerGraph, LayerName
+from mpq.nn.quantizers import WeightQuantizer
+from mpq.nn.shapes import attention_of
+
+# The projections whose output a cache keeps, by the name of the cache beside them.
+PROJECTIONS = {
+    "k_cache": ("k_proj", "key", "k", "to_k", "wk", "k_lin"),
+    "v_cache": ("v_proj", "value", "v", "to_v", "wv", "v_lin"),
+}
+INPUT = "input"  # "fc.input" is what enters "fc"
 
 
 class ExpertWeight(nn.Module):
@@ -21,19 +31,56 @@ class ExpertWeight(nn.Module):
         self.weight = weight
 
 
+class CacheOf(nn.Module):
+    """What a KV cache keeps of a projection's output, as a layer that reads and gives that output.
+
+    Never called: it is made around a projection when needed.
+    """
+
+    def __init__(self, projection: nn.Linear, head_dim: int) -> None:
+        super().__init__()
+        self.projection = projection
+        self._head_dim = head_dim
+
+    def kept(self, values: torch.Tensor, fmt: Format) -> torch.Tensor:
+        """Return the output (..., heads * head_dim) as it reads back from a cache in a format.
+
+        Each vector of a token and head has scales of its own, those of its smallest and largest
+        element: nothing is known of it before it is there.
+        """
+        vectors = values.detach().reshape(-1, self._head_dim)
+        stored = WeightQuantizer().fake_quantize("", vectors, fmt, 0)
+        return stored.reshape(values.shape)
+
+
 def layer_module(model: nn.Module, name: LayerName) -> nn.Module:
     """Return the module of a layer; for experts one that holds the parameter of that name.
 
+    Of an input searched apart it is the module that reads it, of a KV cache one that stands for it.
     Raises InvalidInputError where the model has neither.
     """
     owner, _, leaf = name.rpartition(".")
     try:
         parameter = model.get_submodule(owner)._parameters.get(leaf)
-        return model.get_submodule(name) if parameter is None else ExpertWeight(parameter)
+        if parameter is not None:
+            return ExpertWeight(parameter)
+        holder = model.get_submodule(owner)
+        if leaf in holder._modules or leaf not in (INPUT, *PROJECTIONS):
+            return model.get_submodule(name)
+        return holder if leaf == INPUT else _cache(model, holder, leaf)
     except AttributeError:
         raise InvalidInputError(
             "other_model", f"this model has no layer {name!r}: give the one that was searched"
         ) from None
+
+
+def _cache(model: nn.Module, holder: nn.Module, leaf: str) -> CacheOf:
+    attention, _ = attention_of(model, 1)
+    for child in PROJECTIONS[leaf]:
+        projection = holder._modules.get(child)
+        if attention is not None and isinstance(projection, nn.Linear):
+            return CacheOf(projection, attention.head_dim)
+    raise AttributeError(leaf)
 
 
 def layer_modules(model: nn.Module, graph: LayerGraph) -> dict[LayerName, nn.Module]:

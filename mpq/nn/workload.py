@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpq.core.formats import Scheme
-from mpq.core.layers import LayerGraph, LayerName
+from mpq.core.layers import Layer, LayerGraph, LayerName
 from mpq.core.problem import Allocation
 from mpq.core.tables import Cells
 from mpq.nn.batches import Batch, checked_call
@@ -32,6 +32,7 @@ class Workload:
     `key` names the network, its data and everything else scores depend on, except the batch,
     which is `batch_keys[i]` or, held out, `held_out_keys[i]`. `at_once` is how many samples of a
     batch memory allows at once (None: all), on which no result depends but for the order of sums.
+    `data` tells where the calibration batches came from.
     """
 
     model: nn.Module
@@ -50,10 +51,28 @@ class Workload:
     key: str = ""
     batch_keys: tuple[str, ...] = ()
     held_out_keys: tuple[str, ...] = ()
+    data: str = ""
 
     def layer_schemes(self, allocation: Allocation) -> dict[LayerName, Scheme]:
-        """Return the scheme of each layer under an allocation of units."""
-        return {layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers}
+        """Return the scheme that each layer and cache runs in under an allocation of units."""
+        found = {layer: allocation[unit.name] for unit in self.graph.units for layer in unit.layers}
+        return self.graph.merged(found)
+
+    def tried(
+        self, layer: Layer, choices: Sequence[Scheme], base: Mapping[LayerName, Scheme]
+    ) -> tuple[Sequence[Scheme], Scheme | None]:
+        """Return what a layer runs in in each choice of its unit, and around a base (None: none).
+
+        Of a weight whose input is apart the input stays that of the base, and the other way round.
+        """
+        own = base.get(layer.source if layer.is_input else layer.name)
+        if own is None:
+            return choices, None
+        if layer.is_input:
+            return [Scheme(own.weights, choice.activations) for choice in choices], own
+        if any(part.is_input and part.source == layer.name for part in self.graph.apart):
+            return [Scheme(choice.weights, own.activations) for choice in choices], own
+        return choices, own
 
     def quantized_as(self, allocation: Allocation) -> AbstractContextManager[nn.Module]:
         """Return a context in which the network runs as `allocation`; an empty one: as it is."""

@@ -221,7 +221,7 @@ def _compare(
         _keep(examination, prepared)
         reports.append(examination.report)
 
-    run(spec, load(**live), store, progress, stages)
+    run(spec, load(**live, seed=spec.seed), store, progress, stages)
     return reports[0]
 
 

@@ -14,17 +14,15 @@ def put(session: Session, run_id: str, graph: LayerGraph) -> None:
     """Keep the network of a run, and its units as rows that can be queried."""
     session.execute(update(RunRow).where(RunRow.id == run_id).values(graph=graph))
     session.execute(delete(UnitRow).where(UnitRow.run_id == run_id))
-    layers = graph.by_name
     rows = []
     for position, unit in enumerate(graph.units):
-        stored = {layers[name].weight_id: layers[name].num_weights for name in unit.layers}
         rows.append(
             {
                 "run_id": run_id,
                 "name": unit.name,
                 "position": position,
                 "layers": unit.layers,
-                "weights": sum(stored.values()),
+                "weights": sum(layer.num_weights for layer in graph.stored_layers(unit)),
             }
         )
     if rows:

@@ -71,6 +71,8 @@ class RunRow(Base):
     error_message: Mapped[str | None]
     spec: Mapped[JobSpec] = mapped_column(Json(JobSpec))
     graph: Mapped[LayerGraph | None] = mapped_column(Json(LayerGraph), deferred=True)
+    calibration_data: Mapped[str | None]
+    held_out_data: Mapped[str | None]
 
 
 class JobRow(Base):

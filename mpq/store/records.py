@@ -15,8 +15,9 @@ class RunRecord:
     """One run; moments are in UTC.
 
     `started_at` is when it first ran and `ended_at` when it last stopped running; a resumed
-    run has none, and no error, until it stops again. `has_graph` tells whether
-    `Store.graph` has an answer.
+    run has none, and no error, until it stops again. `calibration_data` and `held_out_data` tell
+    which batches it was searched on and judged on, "" where nobody knows or there are none.
+    `has_graph` tells whether `Store.graph` has an answer.
     """
 
     id: str
@@ -30,7 +31,15 @@ class RunRecord:
     ended_at: datetime | None = None
     error_code: str | None = None
     error_message: str | None = None
+    calibration_data: str = ""
+    held_out_data: str = ""
     has_graph: bool = False
+
+    @property
+    def data(self) -> dict[str, str]:
+        """What is known of the batches of each split."""
+        found = {"calibration": self.calibration_data, "held_out": self.held_out_data}
+        return {split: told for split, told in found.items() if told}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,8 @@ _FIELDS = (
     RunRow.ended_at,
     RunRow.error_code,
     RunRow.error_message,
+    RunRow.calibration_data,
+    RunRow.held_out_data,
 )
 _NEWEST = (RunRow.created_at.desc(), RunRow.id)
 
@@ -88,6 +90,14 @@ def start(session: Session, run_id: str, device: str) -> None:
         set_state(session, run_id, RunState.RUNNING, None)
 
 
+def put_data(session: Session, run_id: str, calibration: str, held_out: str | None) -> None:
+    """Keep which batches a run is searched on and, unless None, judged on."""
+    values = {"calibration_data": calibration}
+    if held_out is not None:
+        values["held_out_data"] = held_out
+    session.execute(update(RunRow).where(RunRow.id == run_id).values(values))
+
+
 def delete(session: Session, run_id: str) -> None:
     """Take a run and all that belongs to it out of the database."""
     session.execute(sql_delete(RunRow).where(RunRow.id == run_id))
@@ -107,7 +117,17 @@ def records(
     """Return the newest runs that meet all conditions."""
     query = select(*_FIELDS, RunRow.graph.is_not(None).label("has_graph")).where(*wanted)
     rows = session.execute(query.order_by(*_NEWEST).limit(limit)).mappings()
-    return [RunRecord(**{**row, "state": RunState(row["state"])}) for row in rows]
+    return [
+        RunRecord(
+            **{
+                **row,
+                "state": RunState(row["state"]),
+                "calibration_data": row["calibration_data"] or "",
+                "held_out_data": row["held_out_data"] or "",
+            }
+        )
+        for row in rows
+    ]
 
 
 def resolve(session: Session, text: str, state: RunState | None = None) -> str:

@@ -37,6 +37,7 @@ REVISIONS = (
     "0005_partial_use",
     "0006_api_tokens",
     "0007_artifacts",
+    "0008_data",
 )
 
 _LOCK = 0x6D7071  # PostgreSQL: whoever holds it creates or migrates

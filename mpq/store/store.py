@@ -144,6 +144,11 @@ class Store(Leases, Artifacts, Access):
             runs.start(session, run_id, device)
             progress.clear(session, run_id)
 
+    def put_data(self, run_id: str, calibration: str, held_out: str = "") -> None:
+        """Keep which batches a run is searched on and judged on."""
+        with self._write(run_id) as session:
+            runs.put_data(session, run_id, calibration, held_out)
+
     def delete_run(self, run_id: str) -> None:
         """Take a run out of the database; raises StorageError where somebody drives it."""
         with self._write(run_id) as session:

@@ -23,7 +23,7 @@ from mpq.store.models import (
     RunRow,
     ScoreRow,
 )
-from mpq.store.runs import not_stored
+from mpq.store.runs import not_stored, put_data
 
 _ROWS_AT_ONCE = 10_000  # a million cells are not a million dicts at once
 
@@ -52,6 +52,8 @@ def put_sensitivity(session: Session, run_id: str, table: SensitivityTable) -> N
     shared = {"run_id": run_id, "metric": table.metric}
     columns = {"value": table.values, "stderr": table.stderr}
     _insert_cells(session, ScoreRow, shared, table.cells, columns)
+    if table.data:  # all tables of a run are of its data
+        put_data(session, run_id, table.data, None)
 
 
 def scored_metrics(session: Session, run_id: str) -> list[str]:
@@ -84,6 +86,8 @@ def sensitivity(
         cells=read((row[0], row[1]) for row in rows),
         values=numbers[:, 0],
         stderr=numbers[:, 1],
+        data=session.scalars(select(RunRow.calibration_data).where(RunRow.id == run_id)).one()
+        or "",
     )
 
 

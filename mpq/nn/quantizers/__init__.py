@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -17,47 +16,16 @@ from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.activations import fake_quantize_activation
-from mpq.nn.quantizers.grid import Factor, OnGrid
+from mpq.nn.quantizers.family import Factor, Family
+from mpq.nn.quantizers.grid import OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
+from mpq.nn.quantizers.low_rank import LowRankBranch
+from mpq.nn.quantizers.mixed import MixedChannels
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 QUANTIZER_VERSION = 2  # part of every content key: raise it when a format stores other values
 
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Family(Protocol):
-    """What a file of this package makes of weights."""
-
-    def store(
-        self,
-        weight: torch.Tensor,
-        fmt: Format,
-        channel_axis: ChannelAxis = 0,
-        factor: Factor = 1.0,
-        data: LayerData | None = None,
-    ) -> StoredWeight:
-        """Return codes and scales; ranges shrunk by `factor`, `data` used where there are some."""
-
-    def fake_quantize(
-        self, weight: torch.Tensor, fmt: Format, channel_axis: ChannelAxis, factor: Factor = 1.0
-    ) -> torch.Tensor:
-        """Return the weight as it reads back, float32."""
-
-    def dequantize(self, stored: StoredWeight) -> torch.Tensor:
-        """Return the float32 weight that codes stand for."""
-
-    def pack(self, stored: StoredWeight) -> dict[str, torch.Tensor]:
-        """Return the arrays of a file, by the names of `Format.parts`."""
-
-    def unpack(
-        self,
-        arrays: dict[str, torch.Tensor],
-        fmt: Format,
-        shape: tuple[int, ...],
-        channel_axis: ChannelAxis = 0,
-    ) -> StoredWeight:
-        """Return the stored weight of the arrays of a file; inverse of `pack`."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -68,7 +36,10 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(fmt: Format) -> Family:
     """Return what stores weights in a format."""
-    return FAMILIES[fmt.family]
+    if fmt.high is not None:
+        return MixedChannels(family_of)
+    family = FAMILIES[fmt.family]
+    return LowRankBranch(family) if fmt.rank else family
 
 
 def grid_of(fmt: Format) -> OnGrid | None:
@@ -156,6 +127,7 @@ class WeightQuantizer:
 
 __all__ = [
     "FAMILIES",
+    "Family",
     "LayerData",
     "StoredWeight",
     "WeightQuantizer",

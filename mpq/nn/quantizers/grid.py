@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
 from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.nn.quantizers.bit_streams import from_stream, to_stream
+from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.rows import from_rows, rows_of
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 _SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
 _LARGEST_SCALE = 65504.0
-_BLOCK = 2**16  # elements, so that a block and what is made of it stay in the cache
-
-Factor = torch.Tensor | float  # by which the range of each row is shrunk, (rows, 1)
+_BLOCK = 2**17  # elements, so that a block and what is made of it stay in the cache
 
 
 class Scales(NamedTuple):
@@ -75,9 +75,10 @@ class HalfScales:
 
 @dataclass(frozen=True, slots=True)
 class OnGrid:
-    """A family whose weights are on a grid."""
+    """A family whose weights are on a grid; `shares` a scale of the whole tensor."""
 
     grid: Grid
+    shares: bool = False
 
     def store(
         self,
@@ -117,17 +118,14 @@ class OnGrid:
         """Return `store(...).dequantize()` without making codes."""
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
-        scale, zero, _ = self.grid.scales(rows, fmt, factor)
         back = torch.empty_like(rows)
-        if scale.shape[0] == 1:  # one row: any part of it is rounded alike
-            rows, back = rows.reshape(-1, 1), back.reshape(-1, 1)
-        height = max(1, _BLOCK // max(1, rows.shape[1]))
-        for first in range(0, len(rows), height):
-            part = slice(first, first + height)
-            own = part if len(scale) > 1 else slice(None)
-            its_zero = None if zero is None else zero[own]
-            scaled = rows[part] / scale[own]
-            torch.mul(self.grid.nearest(scaled, its_zero, fmt), scale[own], out=back[part])
+        known = self.grid.scales(rows, fmt, factor) if self.shares or len(rows) == 1 else None
+        for own in _blocks(rows):
+            scale, zero, _ = known or self.grid.scales(rows[own[0]], fmt, _of_rows(factor, own[0]))
+            if known is not None:
+                scale, zero = _of_rows(scale, own[0]), _of_rows(zero, own[0])
+            levels = self.grid.nearest(rows[own] / scale, zero, fmt)
+            torch.mul(levels, scale, out=back[own])
         return from_rows(back, tuple(weight.shape), channel_axis)
 
     def dequantize(self, stored: StoredWeight) -> torch.Tensor:
@@ -146,7 +144,7 @@ class OnGrid:
         """
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
-        height = max(1, 2 * _BLOCK // max(1, rows.shape[1]))
+        height = max(1, _BLOCK // max(1, rows.shape[1]))
         parts = [self._least_error(part, fmt) for part in torch.split(rows, height)]
         return torch.cat(parts)
 
@@ -200,3 +198,20 @@ class OnGrid:
         extra = {} if scales.shared is None else {"tensor_scale": scales.shared}
         codes = codes.reshape(rows, -1)
         return StoredWeight(codes, scales.scale, zero, fmt, shape, channel_axis, extra)
+
+
+_Part = TypeVar("_Part", bound=torch.Tensor | float | None)
+
+
+def _of_rows(of: _Part, own: slice) -> _Part:
+    """Return the part of what each row, or all rows have, that belongs to some rows."""
+    return cast(_Part, of[own]) if isinstance(of, torch.Tensor) and len(of) > 1 else of
+
+
+def _blocks(rows: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of rows that stay in the cache; of a single row, parts."""
+    width = rows.shape[1] if len(rows) > 1 else _BLOCK
+    height = max(1, _BLOCK // max(1, width))
+    for top in range(0, len(rows), height):
+        for left in range(0, rows.shape[1], max(1, width)):
+            yield slice(top, top + height), slice(left, left + width)

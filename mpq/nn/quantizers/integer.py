@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 
 from mpq.core.formats import Format
-from mpq.nn.quantizers.grid import Factor, HalfScales, OnGrid, Scales, as_half
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import HalfScales, OnGrid, Scales, as_half
 
 _WIDE = 8
 
@@ -92,11 +93,11 @@ UNSIGNED = OnGrid(UnsignedIntegers())
 
 
 def _range(rows: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = rows.aminmax(dim=1, keepdim=True)
     if fmt.symmetric:
-        largest = torch.maximum(-low, high)
+        largest = rows.abs().amax(1, keepdim=True)
         return -largest, largest
-    return low.clamp_max(0.0), high.clamp_min(0.0)
+    # not aminmax, which is ten times as slow as both on one thread
+    return rows.amin(1, keepdim=True).clamp_max(0.0), rows.amax(1, keepdim=True).clamp_min(0.0)
 
 
 def _wide_scale(high: torch.Tensor) -> torch.Tensor:

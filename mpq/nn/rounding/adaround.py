@@ -2,7 +2,8 @@
 
 Nagel et al. 2020 (2004.10568): w ~ s clip(floor(w / s) + h(V)), h(V) = clip(1.2 sigmoid(V) - 0.1),
 V at first such that h(V) is the fraction of w / s; what keeps h off 0 and 1 is punished by
-10 times the mean of 1 - |2 h - 1|^beta, with beta falling from 20 to 2 after the first fifth of the steps.
+10 times the mean of 1 - |2 h - 1|^beta, with beta falling from 20 to 2 after the first fifth of
+the steps.
 """
 
 from __future__ import annotations

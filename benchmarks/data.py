@@ -1,0 +1,95 @@
+"""What is real calibration data worth beside synthetic data?
+
+Searches digits_resnet20 at 3.0 bits a weight (scales included, ranges from the largest magnitude)
+with real images, ZeroQ's, Genie's and Gaussian noise, as many samples of each; the chosen network
+is judged on the 719 test images.
+Run: python benchmarks/data.py [--samples 64] [--seeds 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mpq
+from mpq.core.evaluation import CHOSEN
+from mpq.core.synthetic import Synthetic
+from mpq.nn.synthetic import synthesise
+
+SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
+BUDGET = "memory <= 3.0 bpw"
+SOURCES = ("real", "genie", "zeroq", "zeroq, whole batches", "noise")
+
+
+def batches_of(source: str, samples: int, seed: int) -> list[Any]:
+    """Return calibration batches of 32 images."""
+    from examples import digits_data, digits_resnet20
+
+    if source == "real":
+        images = digits_data.load_split().train_images
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        return list(images[order[:samples]].split(32))
+    if source == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        return list(torch.randn(samples, 1, 16, 16, generator=generator).split(32))
+    name, _, whole = source.partition(", ")
+    text = f"{name}(samples={samples}, seed={seed}{', per_sample=0' if whole else ''})"
+    shape = torch.zeros(1, 1, 16, 16)
+    made = synthesise(Synthetic.parse(text), digits_resnet20.make_model(), shape)
+    return list(made.batches)
+
+
+def compare(source: str, samples: int, seed: int) -> str:
+    """Search with one source of data and return its row."""
+    from examples import digits_resnet20
+
+    started = time.perf_counter()
+    batches = batches_of(source, samples, seed)
+    seconds = time.perf_counter() - started
+    with mpq.open_store(":memory:") as store:
+        result = mpq.search(
+            digits_resnet20.make_model(),
+            batches,
+            held_out=digits_resnet20.held_out_batches(),
+            evaluate=digits_resnet20.evaluate,
+            budgets=[BUDGET],
+            schemes=SCHEMES,
+            clip="minmax",
+            executor="serial",
+            seed=seed,
+            storage=store,
+        )
+        found = {(e.candidate, e.split): e for e in result.evaluation}
+        chosen, seen = found[CHOSEN, "held_out"], found[CHOSEN, "calibration"]
+    return (
+        f"{source:21} {seed:4} {seconds:7.1f} s {seen.mean:11.4f}  {chosen.mean:8.4f} ± "
+        f"{chosen.stderr:.4f} {chosen.metrics['cross_entropy']:14.4f} "
+        f"{chosen.metrics['accuracy']:9.4f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=1)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"{BUDGET}, {given.samples} samples; KL from the unquantized network")
+    print(
+        "data                  seed  to make  KL on it    KL on test images   "
+        "cross-entropy  accuracy"
+    )
+    for source in SOURCES:
+        for seed in range(given.seeds):
+            print(compare(source, given.samples, seed), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
