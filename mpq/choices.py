@@ -13,7 +13,6 @@ from mpq.core.jobs import OnIndivisible
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.patterns import matching
 from mpq.core.tables import Cells
-from mpq.nn.rounding import check_rounding
 
 
 def parse_schemes(texts: Sequence[str | Scheme]) -> tuple[Scheme, ...]:
@@ -158,7 +157,10 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"skip=[{layer.name!r}], pin it to another scheme, or use a per-channel format "
             f"(on_indivisible='channel' does where groups do not divide)",
         ) from None
-    check_rounding(layer, scheme.weights)
+    if scheme.weights.rounding != "nearest":
+        from mpq.nn.rounding import check_rounding  # late: torch is slow to load
+
+        check_rounding(layer, scheme.weights)
     if layer.why_weights_only and not scheme.activations.is_native:
         raise InvalidInputError(
             "scheme",

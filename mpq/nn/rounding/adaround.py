@@ -12,7 +12,8 @@ import torch
 
 from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
-from mpq.nn.quantizers.grid import Factor, Scales
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import Scales
 from mpq.nn.quantizers.integer import INTEGERS
 from mpq.nn.quantizers.rows import from_rows, rows_of
 from mpq.nn.quantizers.stored import StoredWeight

@@ -11,7 +11,8 @@ import torch
 
 from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
-from mpq.nn.quantizers.grid import Factor, Scales, as_half
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import Scales, as_half
 from mpq.nn.quantizers.integer import INTEGERS
 from mpq.nn.quantizers.rows import channels_of, from_rows, rows_of
 from mpq.nn.quantizers.stored import StoredWeight

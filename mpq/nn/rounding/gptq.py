@@ -18,7 +18,8 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis, PerGroup, PerTensor
 from mpq.nn.quantizers import grid_of
-from mpq.nn.quantizers.grid import Factor, OnGrid, Scales
+from mpq.nn.quantizers.family import Factor
+from mpq.nn.quantizers.grid import OnGrid, Scales
 from mpq.nn.quantizers.rows import channels_of
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 

@@ -21,7 +21,7 @@ from mpq.core.layers import Layer, LayerName
 from mpq.nn.batches import output_tensor, portions, position_mask
 from mpq.nn.patch import ParameterName, evaluating, frozen
 from mpq.nn.quantizers import quantize_weight
-from mpq.nn.quantizers.grid import Factor
+from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.stored import StoredWeight
 from mpq.nn.rounding.blocks import Block, blocks_of
 from mpq.nn.workload import Workload
