@@ -16,12 +16,17 @@ from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.activations import fake_quantize_activation
+from mpq.nn.quantizers.binary import BINARY, DUAL_BINARY, RESIDUAL_BINARY
+from mpq.nn.quantizers.codebook import BITSANDBYTES_FLOATS, NORMAL_FLOATS
 from mpq.nn.quantizers.family import Factor, Family
 from mpq.nn.quantizers.grid import OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
+from mpq.nn.quantizers.kmeans import KMEANS
 from mpq.nn.quantizers.low_rank import LowRankBranch
 from mpq.nn.quantizers.mixed import MixedChannels
+from mpq.nn.quantizers.partial_binary import PARTIAL_BINARY
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
+from mpq.nn.quantizers.ternary import TERNARY
 
 QUANTIZER_VERSION = 2  # part of every content key: raise it when a format stores other values
 
@@ -31,6 +36,14 @@ _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FAMILIES: Mapping[str, Family] = {
     "int": INTEGERS,
     "uint": UNSIGNED,
+    "nf": NORMAL_FLOATS,
+    "bnb": BITSANDBYTES_FLOATS,
+    "ternary": TERNARY,
+    "binary": BINARY,
+    "residual_binary": RESIDUAL_BINARY,
+    "dual_binary": DUAL_BINARY,
+    "partial_binary": PARTIAL_BINARY,
+    "kmeans": KMEANS,
 }
 
 
@@ -38,7 +51,8 @@ def family_of(fmt: Format) -> Family:
     """Return what stores weights in a format."""
     if fmt.high is not None:
         return MixedChannels(family_of)
-    family = FAMILIES[fmt.family]
+    named = fmt.family == "binary" and fmt.variant
+    family = FAMILIES[f"{fmt.variant}_binary" if named else fmt.family]
     return LowRankBranch(family) if fmt.rank else family
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from mpq.core.formats import Format
+from mpq.nn.quantizers.log import log2, logsqrt2
+from mpq.nn.quantizers.twin import twin
+
+_OTHERS = {"log2": log2, "logsqrt2": logsqrt2, "twin": twin}
 
 
 def fake_quantize_activation(
@@ -20,6 +24,8 @@ def fake_quantize_activation(
         return values
     dtype = values.dtype
     values = values.to(torch.promote_types(dtype, torch.float32))
+    if fmt.family in _OTHERS:
+        return _OTHERS[fmt.family](values, fmt, limits).to(dtype)
     if limits is None:
         flat = values.flatten(1) if values.ndim > 1 else values.reshape(1, -1)
         shape = (-1,) + (1,) * (values.ndim - 1)
