@@ -304,7 +304,7 @@ def test_without_a_list_experts_are_offered_weights_only_schemes(
     model.stem = nn.Linear(5, 32, dtype=dtype)
     graph = build_graph(model, torch.randn(6, 5).to(dtype))
     store = open_store(f"sqlite:///{tmp_path}/runs.db")
-    spec = JobSpec(model="m", calibration="c", budgets=("memory <= 50%",))
+    spec = JobSpec(model="m", calibration="m:c", budgets=("memory <= 50%",))
     offered = Hardware(spec, [], store, Silent()).schemes(graph.by_name["weight"])
     assert {str(scheme) for scheme in offered} == expected
     timed = Hardware(spec, [BudgetText.parse("latency <= 1 s")], store, Silent())
