@@ -22,7 +22,8 @@ Wanted = Mapping[ParameterName, tuple[Layer, Sequence[Format]]]
 
 def data_wanted(fmt: Format) -> frozenset[Want]:
     """Return what of a layer's data a format takes to store a weight, rounding included."""
-    if fmt.rounding == "gptq" or (fmt.family, fmt.variant) == ("binary", "partial"):
+    of_inputs = fmt.rounding == "gptq" or (fmt.family, fmt.variant) == ("binary", "partial")
+    if of_inputs or fmt.rank:
         return frozenset({"gram"})
     if fmt.high is not None:
         return frozenset({"gram", "outputs"})
