@@ -1,9 +1,9 @@
 """What is real calibration data worth beside synthetic data?
 
-Searches digits_resnet20 at 3.0 bits a weight (scales included, ranges from the largest magnitude)
-with real images, ZeroQ's, Genie's and Gaussian noise, as many samples of each; the chosen network
-is judged on the 719 test images.
-Run: python benchmarks/data.py [--samples 64] [--seeds 1]
+Searches digits_resnet20 at 3.0 and 2.5 bits a weight (scales included, ranges from the largest
+magnitude) with real images, ZeroQ's, Genie's and Gaussian noise, as many samples of each; the
+chosen network is judged on the 719 test images.
+Run: python benchmarks/data.py [--samples 64] [--seeds 1] [--bits 3.0 2.5] [--sources real genie]
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from mpq.core.synthetic import Synthetic
 from mpq.nn.synthetic import synthesise
 
 SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
-BUDGET = "memory <= 3.0 bpw"
 SOURCES = ("real", "genie", "zeroq", "zeroq, whole batches", "noise")
 
 
@@ -45,49 +44,54 @@ def batches_of(source: str, samples: int, seed: int) -> list[Any]:
     return list(made.batches)
 
 
-def compare(source: str, samples: int, seed: int) -> str:
-    """Search with one source of data and return its row."""
+def compare(source: str, samples: int, seed: int, bits: list[float]) -> list[str]:
+    """Search with one source of data and return a row for each budget."""
     from examples import digits_resnet20
 
     started = time.perf_counter()
     batches = batches_of(source, samples, seed)
     seconds = time.perf_counter() - started
+    rows = []
     with mpq.open_store(":memory:") as store:
-        result = mpq.search(
-            digits_resnet20.make_model(),
-            batches,
-            held_out=digits_resnet20.held_out_batches(),
-            evaluate=digits_resnet20.evaluate,
-            budgets=[BUDGET],
-            schemes=SCHEMES,
-            clip="minmax",
-            executor="serial",
-            seed=seed,
-            storage=store,
-        )
-        found = {(e.candidate, e.split): e for e in result.evaluation}
-        chosen, seen = found[CHOSEN, "held_out"], found[CHOSEN, "calibration"]
-    return (
-        f"{source:21} {seed:4} {seconds:7.1f} s {seen.mean:11.4f}  {chosen.mean:8.4f} ± "
-        f"{chosen.stderr:.4f} {chosen.metrics['cross_entropy']:14.4f} "
-        f"{chosen.metrics['accuracy']:9.4f}"
-    )
+        for budget in bits:
+            result = mpq.search(
+                digits_resnet20.make_model(),
+                batches,
+                held_out=digits_resnet20.held_out_batches(),
+                evaluate=digits_resnet20.evaluate,
+                budgets=[f"memory <= {budget} bpw"],
+                schemes=SCHEMES,
+                clip="minmax",
+                executor="serial",
+                seed=seed,
+                storage=store,
+            )
+            found = {(e.candidate, e.split): e for e in result.evaluation}
+            chosen, seen = found[CHOSEN, "held_out"], found[CHOSEN, "calibration"]
+            rows.append(
+                f"{budget:4.1f} {source:21} {seed:4} {seconds:7.1f} s {seen.mean:11.4f}  "
+                f"{chosen.mean:8.4f} ± {chosen.stderr:.4f} {chosen.metrics['cross_entropy']:14.4f} "
+                f"{chosen.metrics['accuracy']:9.4f}"
+            )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 2.5])
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{BUDGET}, {given.samples} samples; KL from the unquantized network")
+    print(f"{given.samples} samples of each; KL from the unquantized network")
     print(
-        "data                  seed  to make  KL on it    KL on test images   "
+        "bits data                  seed  to make   KL on it    KL on test images  "
         "cross-entropy  accuracy"
     )
-    for source in SOURCES:
+    for source in given.sources:
         for seed in range(given.seeds):
-            print(compare(source, given.samples, seed), flush=True)
+            print("\n".join(compare(source, given.samples, seed, given.bits)), flush=True)
 
 
 if __name__ == "__main__":

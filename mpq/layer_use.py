@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mpq.core.errors import InvalidInputError
-from mpq.core.formats import parse_scheme
+from mpq.core.formats import FP32, parse_scheme
 from mpq.store.layer_counts import layer_counts
 from mpq.store.query import RunQuery
 from mpq.store.store import Store
@@ -99,8 +99,10 @@ def layer_uses(store: Store, **wanted: Any) -> LayerUses:
     for layer, schemes in found.counts.items():
         bits: dict[int, int] = {}
         for text, runs in schemes.items():
-            of_weights = parse_scheme(text).weights.bits
-            bits[of_weights] = bits.get(of_weights, 0) + runs
+            scheme = parse_scheme(text)
+            is_input = layer.endswith(".input") and scheme.weights == FP32
+            told = (scheme.activations if is_input else scheme.weights).bits
+            bits[told] = bits.get(told, 0) + runs
         counted = dict(sorted(bits.items()))
         uses = LayerUse(layer=layer, runs=sum(bits.values()), schemes=schemes, bits=counted)
         layers.append(uses)

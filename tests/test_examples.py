@@ -9,12 +9,12 @@ import pytest
 
 import mpq
 from benchmarks.sections.sketch import compare
-from examples import digits_vit
+from examples import digits_diffusion, digits_vit
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.jobfile import load_job
 from mpq.pipeline import run_job
 
-EXAMPLES = ["digits_resnet20", "digits_vit", "minilm"]
+EXAMPLES = ["digits_diffusion", "digits_resnet20", "digits_vit", "minilm"]
 SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
 
 
@@ -26,6 +26,13 @@ def test_the_job_of_an_example_is_a_job(name: str) -> None:
     for entry in (spec.model, spec.calibration, spec.held_out, spec.evaluate):
         assert entry is not None
         assert callable(getattr(example, entry.partition(":")[2]))
+
+
+def test_the_denoiser_denoises_and_its_batches_are_of_many_timesteps() -> None:
+    assert digits_diffusion.evaluate(digits_diffusion.make_model())["noise error"] < 0.17
+    found = digits_diffusion.chosen_batches("calibration")
+    assert list(found.counts.values()) == [6] * 10
+    assert found.timesteps == tuple(range(199, 0, -20))
 
 
 def test_the_job_with_profiles_is_a_job() -> None:

@@ -457,3 +457,47 @@ def test_a_convolution_net_is_searched_on_made_images(store: Store) -> None:
             storage=store,
         )
     assert same_state(before, borrowed_state(model)[1:])
+
+
+def test_a_language_model_is_searched_on_random_tokens(store: Store) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    (batch,) = synthesise(Synthetic.parse("random_tokens(samples=4)"), model).batches
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 32)
+    assert int(batch["input_ids"].min()) > 2
+    with pytest.warns(MpqWarning, match="random_tokens"):
+        result = mpq.search(
+            model,
+            "random_tokens(samples=4, batch=2, tokens=8)",
+            budgets=["memory <= 70%"],
+            schemes=["int4", "int8"],
+            executor="serial",
+            refine=0,
+            storage=store,
+        )
+    assert "uniform over 47 of 50 words, 8 tokens each" in result.data["calibration"]
+
+
+def test_deployed_with_ranges_of_made_images(store: Store, tmp_path: Path) -> None:
+    ran = run_job(store, schemes=["int8:int8"], hardware="local", budgets=["memory <= 90%"])
+    again = synthesise(Synthetic.parse(ZEROQ), made_net(), IMAGE, seed=5).batches
+    others = synthesise(Synthetic.parse(ZEROQ), made_net(), IMAGE, seed=6).batches
+    files = []
+    for given in (None, again, others):
+        files.append(tmp_path / f"model{len(files)}.onnx")
+        ran.deploy("onnxruntime", files[-1], calibration=given, seconds=0.1)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != files[2].read_bytes()

@@ -52,7 +52,9 @@ def count_of(share: float, total: int) -> int:
 def _parts(fmt: Format, shape: tuple[int, ...], channel_axis: ChannelAxis) -> Parts:
     elements, scales = math.prod(shape), num_scales(fmt.granularity, shape, channel_axis)
     channels, columns = matrix_of(shape, channel_axis)
-    parts = {"codes": elements * fmt.bits, "scales": scales * fmt.scale_bits}
+    parts = {"codes": elements * fmt.bits}
+    if fmt.scale_bits:
+        parts["scales"] = scales * fmt.scale_bits
     match fmt.family:
         case "int" if not fmt.symmetric:
             parts["zero_points"] = scales * fmt.bits

@@ -16,21 +16,48 @@ from mpq.core.formats import Format
 from mpq.core.granularity import ChannelAxis
 from mpq.core.jobs import Clip
 from mpq.nn.quantizers.activations import fake_quantize_activation
+from mpq.nn.quantizers.bfp import BLOCK_FLOATING_POINT
+from mpq.nn.quantizers.binary import BINARY, DUAL_BINARY, RESIDUAL_BINARY
+from mpq.nn.quantizers.bipolar import BIPOLAR
+from mpq.nn.quantizers.codebook import BITSANDBYTES_FLOATS, NORMAL_FLOATS
 from mpq.nn.quantizers.family import Factor, Family
+from mpq.nn.quantizers.fixed import FIXED
 from mpq.nn.quantizers.grid import OnGrid
 from mpq.nn.quantizers.integer import INTEGERS, UNSIGNED
+from mpq.nn.quantizers.kmeans import KMEANS
 from mpq.nn.quantizers.low_rank import LowRankBranch
+from mpq.nn.quantizers.minifloat import MINIFLOATS
 from mpq.nn.quantizers.mixed import MixedChannels
+from mpq.nn.quantizers.mx import MICROSCALING
+from mpq.nn.quantizers.nvfp4 import NVFP4
+from mpq.nn.quantizers.partial_binary import PARTIAL_BINARY
+from mpq.nn.quantizers.reordered import Reordered
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
+from mpq.nn.quantizers.ternary import TERNARY
 
 QUANTIZER_VERSION = 2  # part of every content key: raise it when a format stores other values
 
 _NATIVE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, Family] = {  # by family, or family and variant
     "int": INTEGERS,
     "uint": UNSIGNED,
+    "fixed": FIXED,
+    "bipolar": BIPOLAR,
+    "float": MINIFLOATS,
+    "mx": MICROSCALING,
+    "nvfp4": NVFP4,
+    "bfp": BLOCK_FLOATING_POINT,
+    "bfp reordered": Reordered(BLOCK_FLOATING_POINT),
+    "nf": NORMAL_FLOATS,
+    "bnb": BITSANDBYTES_FLOATS,
+    "kmeans": KMEANS,
+    "ternary": TERNARY,
+    "binary": BINARY,
+    "binary residual": RESIDUAL_BINARY,
+    "binary dual": DUAL_BINARY,
+    "binary partial": PARTIAL_BINARY,
 }
 
 
@@ -38,7 +65,7 @@ def family_of(fmt: Format) -> Family:
     """Return what stores weights in a format."""
     if fmt.high is not None:
         return MixedChannels(family_of)
-    family = FAMILIES[fmt.family]
+    family = FAMILIES.get(f"{fmt.family} {fmt.variant}") or FAMILIES[fmt.family]
     return LowRankBranch(family) if fmt.rank else family
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar, cast
 
@@ -15,8 +15,8 @@ from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.rows import from_rows, rows_of
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
-_SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
-_LARGEST_SCALE = 65504.0
+SMALLEST_SCALE = 2.0**-24  # of IEEE half; an all-zero group needs some scale
+LARGEST_SCALE = 65504.0
 _BLOCK = 2**17  # elements, so that a block and what is made of it stay in the cache
 
 
@@ -25,7 +25,7 @@ class Scales(NamedTuple):
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
-    shared: torch.Tensor | None = None  # a scalar
+    shared: torch.Tensor | Mapping[str, torch.Tensor] | None = None  # a scalar, or by name
 
 
 class Grid(Protocol):
@@ -58,7 +58,15 @@ class Grid(Protocol):
 
 def as_half(scale: torch.Tensor) -> torch.Tensor:
     """Return positive scales as IEEE half keeps them."""
-    return scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+
+
+def _by_name(
+    shared: torch.Tensor | Mapping[str, torch.Tensor] | None,
+) -> Mapping[str, torch.Tensor]:
+    if shared is None:
+        return {}
+    return {"tensor_scale": shared} if isinstance(shared, torch.Tensor) else shared
 
 
 class HalfScales:
@@ -75,10 +83,13 @@ class HalfScales:
 
 @dataclass(frozen=True, slots=True)
 class OnGrid:
-    """A family whose weights are on a grid; `shares` a scale of the whole tensor."""
+    """A family whose weights are on a grid.
+
+    `rows_share`: the scales of rows depend on all rows, so that rows cannot be looked at in parts.
+    """
 
     grid: Grid
-    shares: bool = False
+    rows_share: bool = False
 
     def store(
         self,
@@ -108,7 +119,7 @@ class OnGrid:
     ) -> StoredWeight:
         """Return the stored weight of levels (rows, weights) however they were chosen."""
         zero = None if scales.zero is None else scales.zero.to(torch.int16)
-        extra = {} if scales.shared is None else {"tensor_scale": scales.shared}
+        extra = _by_name(scales.shared)
         codes = self.grid.codes(levels, scales.zero, fmt)
         return StoredWeight(codes, scales.scale, zero, fmt, shape, channel_axis, extra)
 
@@ -119,7 +130,7 @@ class OnGrid:
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
         back = torch.empty_like(rows)
-        known = self.grid.scales(rows, fmt, factor) if self.shares or len(rows) == 1 else None
+        known = self.grid.scales(rows, fmt, factor) if self.rows_share or len(rows) == 1 else None
         for own in _blocks(rows):
             scale, zero, _ = known or self.grid.scales(rows[own[0]], fmt, _of_rows(factor, own[0]))
             if known is not None:
@@ -144,7 +155,7 @@ class OnGrid:
         """
         fmt.num_scales(tuple(weight.shape), channel_axis)
         rows = rows_of(weight.detach().float(), fmt.granularity, channel_axis)
-        height = max(1, _BLOCK // max(1, rows.shape[1]))
+        height = max(1, len(rows) if self.rows_share else _BLOCK // max(1, rows.shape[1]))
         parts = [self._least_error(part, fmt) for part in torch.split(rows, height)]
         return torch.cat(parts)
 
@@ -195,7 +206,7 @@ class OnGrid:
         if "zero_points" in arrays:
             zero = from_stream(arrays["zero_points"], fmt.bits, len(scales.scale)).reshape(-1, 1)
         rows = fmt.num_scales(shape, channel_axis)
-        extra = {} if scales.shared is None else {"tensor_scale": scales.shared}
+        extra = _by_name(scales.shared)
         codes = codes.reshape(rows, -1)
         return StoredWeight(codes, scales.scale, zero, fmt, shape, channel_axis, extra)
 

@@ -27,7 +27,7 @@ class Integers(HalfScales):
         low, high = _range(rows, fmt)
         low, high = low * factor, high * factor
         if fmt.variant == "of8":
-            return Scales(_wide_scale(high) * 2.0 ** (_WIDE - fmt.bits))
+            return Scales(as_half(_wide_scale(high) * 2.0 ** (_WIDE - fmt.bits)))
         if fmt.symmetric:
             return Scales(as_half(high / max(2 ** (fmt.bits - 1) - 1, 1)))
         steps = 2**fmt.bits - 1

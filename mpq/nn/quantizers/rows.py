@@ -35,3 +35,8 @@ def from_rows(
     axes = channel_axes(channel_axis)
     moved = [*(shape[a] for a in axes), *(n for a, n in enumerate(shape) if a not in axes)]
     return rows.reshape(moved).movedim(tuple(range(len(axes))), axes).contiguous()
+
+
+def largest_of(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of each row, (rows, 1)."""
+    return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
