@@ -31,6 +31,7 @@ def applied(
     spec: JobSpec,
     graph: LayerGraph,
     schemes: Mapping[LayerName, Scheme],
+    quantizer: WeightQuantizer,
     store: Store,
     model: nn.Module,
     calibration: Any = None,
@@ -44,7 +45,7 @@ def applied(
     check_prepared(spec, model)
     batches = _batches(spec, store, model, calibration) if spec.corrections else ()
     means = input_means(model, graph, batches)[0] if "bias" in spec.corrections else {}
-    limits, quantizer = graph.input_ranges, WeightQuantizer(spec.clip)
+    limits = graph.input_ranges
     with quantized(model, schemes, quantizer=quantizer, limits=limits, means=means):
         if "batch_norm" not in spec.corrections:
             yield model

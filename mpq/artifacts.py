@@ -21,6 +21,7 @@ from mpq.store.artifacts import read_artifact, write_artifact
 from mpq.store.store import Store
 
 _PRETRAINED, _MODULE, _BATCHES = "pretrained", "module", "batches"
+MADE = "made"  # arrays of weights that calibration data were needed for
 
 
 def keep_model(store: Store, model: nn.Module) -> tuple[str, tuple[str, ...]]:
@@ -40,6 +41,12 @@ def keep_model(store: Store, model: nn.Module) -> tuple[str, tuple[str, ...]]:
 def keep_batches(store: Store, batches: Any, what: str) -> str:
     """Keep a batch or a list of them and return "artifact:<digest>"; mappings become dicts."""
     return _keep(store, _BATCHES, _plain(batches), what, classes=False)[0]
+
+
+def keep_arrays(store: Store, arrays: Mapping[str, Any], what: str) -> str:
+    """Keep mappings of tensors and return the digest."""
+    text, _ = _keep(store, MADE, _plain(arrays), what, classes=False)
+    return text.removeprefix(ARTIFACT)
 
 
 def restored(store: Store, text: Any) -> Any:

@@ -157,6 +157,10 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"skip=[{layer.name!r}], pin it to another scheme, or use a per-channel format "
             f"(on_indivisible='channel' does where groups do not divide)",
         ) from None
+    if scheme.weights.rounding != "nearest":
+        from mpq.nn.rounding import check_rounding  # late: torch is slow to load
+
+        check_rounding(layer, scheme.weights)
     if layer.why_weights_only and not scheme.activations.is_native:
         raise InvalidInputError(
             "scheme",

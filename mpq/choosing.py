@@ -11,7 +11,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import JobSpec
 from mpq.core.limits import Limit
-from mpq.core.problem import Problem
+from mpq.core.problem import Allocation, Problem
 from mpq.criterion import Criterion
 from mpq.evaluate import Candidate
 from mpq.refine import Relinearise, refine
@@ -107,3 +107,20 @@ def on_calibration(proposal: Proposal, with_metrics: bool) -> Candidate:
         predicted=proposal.predicted,
         with_metrics=with_metrics,
     )
+
+
+def best_uniform(
+    problem: Problem, criterion: Criterion, evaluations: Sequence[Evaluation]
+) -> dict[str, Allocation]:
+    """Return the best uniform scheme that fits, by its name, or nothing."""
+    evaluated = {e.candidate: e for e in evaluations if e.split == "calibration"}
+    fitting = {
+        f"uniform {scheme}": allocation
+        for scheme, allocation in problem.uniform().items()
+        if problem.fits(allocation)
+    }
+    allowed = [name for name in fitting if criterion.allows(evaluated[name])]
+    if not fitting:
+        return {}
+    name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
+    return {name: fitting[name]}

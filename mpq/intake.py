@@ -34,6 +34,7 @@ from mpq.nn.observers import get_observer
 from mpq.nn.patch import evaluating
 from mpq.nn.quality import QUALITIES, Quality, degradations, get_quality
 from mpq.nn.quantizers import QUANTIZER_VERSION, WeightQuantizer
+from mpq.nn.rounding import ROUNDING_VERSION
 from mpq.nn.workload import Evaluate, Loss, Workload
 from mpq.preparing import prepared
 from mpq.profiles import Served, profile_batches, served_profiles
@@ -180,6 +181,9 @@ def make_workload(
         batch_norms(given.model)
     batch_keys = batches_digest(given.calibration)
     corrected = (spec.corrections, means, batch_keys) if spec.corrections else ()
+    made = any(s.weights.made_ahead for schemes in cells.schemes for s in schemes)
+    # What is made of all batches makes the scores of each depend on all.
+    of_all = (ROUNDING_VERSION, batch_keys, spec.num_probes, spec.seed) if made else ()
     key = digest(
         model_digest(given.model),
         [(unit.name, unit.layers) for unit in graph.units],
@@ -187,7 +191,7 @@ def make_workload(
         output_digest(output),
         graph.input_ranges,
         divergence.kind,
-        (spec.clip, QUANTIZER_VERSION),
+        (spec.clip, QUANTIZER_VERSION, *of_all),
         *corrected,
     )
     return Workload(

@@ -16,7 +16,7 @@ from mpq.asked import check_asked
 from mpq.auto import AUTO, pick_metric
 from mpq.candidates import Proposal, propose
 from mpq.choices import scheme_texts
-from mpq.choosing import Measure, choose
+from mpq.choosing import Measure, best_uniform, choose
 from mpq.core.errors import MpqError, RunFailedError
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.core.jobs import (
@@ -44,6 +44,7 @@ from mpq.families import within_families
 from mpq.frontiers import keep_frontiers
 from mpq.intake import Given, graph_of, load, make_workload, sample_of, served_of, with_transforms
 from mpq.limited import against_unquantized
+from mpq.making import keep_made
 from mpq.minimise import minimise as least_cost
 from mpq.nn.workload import Workload
 from mpq.prepare import Prepared, prepare
@@ -338,7 +339,9 @@ def _stages(spec: JobSpec, prepared: Prepared) -> None:
         )
     within = plain.with_budgets(chosen.solution.budgets)
     keep_frontiers(within, spec, store, run_id, workers.progress)
-    _compare(chosen, criterion, problem, workload, measured, store, run_id)
+    uniform = _compare(chosen, criterion, problem, workload, measured, store, run_id)
+    kept = [chosen.allocation, *uniform]
+    keep_made(store, run_id, workload.graph, workload.quantizer, kept)
     weigh(chosen, workload, store, run_id)
 
 
@@ -382,17 +385,18 @@ def _compare(
     measured: Measure,
     store: Store,
     run_id: str,
-) -> None:
+) -> list[Allocation]:
     """Measure the chosen allocation and the best uniform scheme that fits on held-out data.
 
-    One that meets the limits comes before those that do not. Without held-out batches only the
-    user's metrics are measured.
+    Returns the uniform one, if any fits. One that meets the limits comes before those that do not.
+    Without held-out batches only the user's metrics are measured.
     """
+    best = best_uniform(problem, criterion, store.evaluations(run_id))
     split = "held_out" if workload.held_out else "calibration"
     if not workload.held_out:
         store.log(run_id, "not checked", "no held-out batches were given")
         if workload.evaluate is None:
-            return
+            return list(best.values())
     candidates = [
         Candidate(
             name=CHOSEN,
@@ -403,16 +407,9 @@ def _compare(
         ),
         Candidate(name="unquantized", split=split, allocation=Allocation({}), with_metrics=True),
     ]
-    evaluated = {e.candidate: e for e in store.evaluations(run_id) if e.split == "calibration"}
-    fitting = {
-        f"uniform {scheme}": allocation
-        for scheme, allocation in problem.uniform().items()
-        if problem.fits(allocation)
-    }
-    if fitting:
-        allowed = [name for name in fitting if criterion.allows(evaluated[name])]
-        name = min(allowed or fitting, key=lambda uniform: criterion.value(evaluated[uniform]))
-        candidates.append(
-            Candidate(name=name, split=split, allocation=fitting[name], with_metrics=True)
-        )
+    candidates += [
+        Candidate(name=name, split=split, allocation=allocation, with_metrics=True)
+        for name, allocation in best.items()
+    ]
     measured(candidates)
+    return list(best.values())

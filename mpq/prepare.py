@@ -14,6 +14,7 @@ from mpq.core.protocols import Executor
 from mpq.core.risk import risk_of
 from mpq.core.tables import CostTable, SensitivityTable
 from mpq.costing import Hardware
+from mpq.making import make_ahead
 from mpq.nn.batches import Batch
 from mpq.nn.transforms import reports_of
 from mpq.nn.workload import Workload
@@ -45,7 +46,9 @@ def prepare(
     progress: Progress,
     risk: float | None = None,
 ) -> Prepared:
-    """Keep the network and what choices cost, search the clipping ranges, and get workers ready.
+    """Keep the network and what choices cost, make what takes long, and get workers ready.
+
+    Clipping ranges are searched and weights rounded with calibration data once, here.
 
     Raises InfeasibleError where no choice meets the budgets, with probability `risk`
     (None: 0.95 where times are measured).
@@ -75,5 +78,6 @@ def prepare(
             note = f"{budget.text}: not binding, the unquantized network has {baseline:.6g}"
             store.log(run_id, "budget", note)
     search_ranges(workload, progress)
+    make_ahead(workload, progress)
     workers = Workers.of(workload, executor, store, progress)
     return Prepared(workers=workers, costs=costs, budgets=resolved, run_id=run_id, risk=risk)

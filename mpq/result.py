@@ -38,6 +38,7 @@ from solvers.risk import at_risk, with_quantiles
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpq.nn.quantizers import WeightQuantizer
     from mpq.what_if import RunWhatIf
 
 
@@ -263,7 +264,18 @@ class SearchResult:
         from mpq.applied import applied
 
         spec = self.store.run(self.run_id).spec
-        return applied(spec, self.graph, self.allocation, self.store, model, calibration)
+        given = self.graph, self.allocation, self.quantizer
+        return applied(spec, *given, self.store, model, calibration)
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """What stores weights as the search did: those made of calibration data were kept.
+
+        These are the weights of the chosen allocation and of the best uniform one that fits.
+        """
+        from mpq.making import quantizer_of
+
+        return quantizer_of(self.store, self.run_id, self.store.run(self.run_id).spec.clip)
 
     @property
     def chosen(self) -> Chosen:

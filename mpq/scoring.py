@@ -38,7 +38,8 @@ def search_ranges(workload: Workload, progress: Progress) -> None:
     with progress.stage("clipping ranges", len(layers)) as advance, torch.no_grad():
         for layer, schemes in layers:
             weight = parameters[layer.weight_id].detach()
-            for fmt in {scheme.weights for scheme in schemes if not scheme.weights.is_native}:
+            formats = {scheme.weights for scheme in schemes if not scheme.weights.is_native}
+            for fmt in (fmt for fmt in formats if not fmt.made_ahead):
                 workload.quantizer.store(layer.weight_id, weight, fmt, layer.channel_axis)
             advance()
 

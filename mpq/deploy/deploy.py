@@ -32,7 +32,6 @@ from mpq.deploy.whole import read_bytes
 from mpq.models import load_batches, load_model
 from mpq.nn.batches import Batch, call, cut, describe
 from mpq.nn.patch import evaluating, quantized
-from mpq.nn.quantizers import WeightQuantizer
 from mpq.nn.weights import layer_module, weight_of
 from mpq.preparing import prepared
 from mpq.report import check_writable
@@ -90,7 +89,7 @@ def deploy(
     network = _network(result, model, calibration, sample)
     batches, missing = batches_of(result.store, spec, profiles, network.sample, network.calibration)
     graph = result.graph.without_apart
-    schemes, quantizer = _schemes(result, target), WeightQuantizer(spec.clip)
+    schemes, quantizer = _schemes(result, target), result.quantizer
     exported = runtime.export(network.model, graph, network.sample)
     written = exported.mixed(schemes, quantizer, network.calibration)
     searched = partial(quantized, schemes=schemes, quantizer=quantizer)

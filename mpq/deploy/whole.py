@@ -144,13 +144,21 @@ class WholeNetwork:
         if mix is None:
             return self.exported.fp32
         few = [cut(batch, 0, _CALIBRATION) for batch in self.calibration[:1]]
-        return self.exported.mixed(self._schemes(mix), WeightQuantizer(), few)
+        return self.exported.mixed(_to_nearest(self._schemes(mix)), WeightQuantizer(), few)
 
     def _schemes(self, mix: Allocation) -> Schemes:
         return {layer: mix[unit.name] for unit in self.graph.units for layer in unit.layers}
 
     def _read_bytes(self, mix: Allocation | None) -> int:
         return read_bytes(self.graph, {} if mix is None else self._schemes(mix))
+
+
+def _to_nearest(schemes: Schemes) -> Schemes:
+    """Return the schemes without their roundings, on which no time depends."""
+    return {
+        layer: replace(scheme, weights=replace(scheme.weights, rounding="nearest"))
+        for layer, scheme in schemes.items()
+    }
 
 
 def _scaled(latency: KernelLatency, factor: float) -> KernelLatency:

@@ -67,6 +67,23 @@ class Artifacts:
             session.execute(update(ArtifactRow).where(mine).values(used_at=datetime.now(UTC)))
             return _artifact(session, digest)
 
+    def need_artifact(self, run_id: str, digest: str) -> None:
+        """Note that a run needs an artifact, which stays as long as the run."""
+        with self._write(run_id) as session:
+            row = insert_into(session, RunArtifactRow).values(run_id=run_id, digest=digest)
+            session.execute(row.on_conflict_do_nothing())
+
+    def artifacts_of(self, run_id: str, kind: str) -> list[str]:
+        """Return the digests of a run's artifacts of a kind."""
+        query = (
+            select(ArtifactRow.digest)
+            .join(RunArtifactRow, RunArtifactRow.digest == ArtifactRow.digest)
+            .where(RunArtifactRow.run_id == run_id, ArtifactRow.kind == kind)
+            .order_by(ArtifactRow.digest)
+        )
+        with self._read(run_id) as session:
+            return list(session.scalars(query))
+
     def artifact_chunk(self, digest: str, position: int) -> bytes:
         """Return one chunk; raises StorageError (`artifact_missing`)."""
         with self._read() as session:

@@ -41,8 +41,7 @@ class MinifloatElements:
         power = scaled.clamp_(-largest, largest).view(integers).bitwise_and(exponent)
         base = power.view(scaled.dtype).clamp_min_(2.0 ** least_exponent(fmt))
         steps = 1.5 * 2.0 ** (fraction - fmt.mantissa)  # of the smallest step in one base
-        rounded: torch.Tensor = scaled.add_(base, alpha=steps).sub_(base, alpha=steps)
-        return rounded
+        return scaled.add_(base, alpha=steps).sub_(base, alpha=steps)
 
     def codes(self, levels: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return the bit patterns: sign, exponent, mantissa."""
@@ -50,8 +49,10 @@ class MinifloatElements:
         exponent = (torch.frexp(magnitude).exponent - 1).clamp_min_(least_exponent(fmt))
         exponent = torch.where(magnitude > 0, exponent, least_exponent(fmt))
         significand = torch.ldexp(magnitude.double(), fmt.mantissa - exponent)
-        codes = (exponent - least_exponent(fmt)) * 2**fmt.mantissa + significand.int()
-        return (codes + (levels < 0) * 2 ** (fmt.bits - 1)).to(torch.int16)
+        codes: torch.Tensor = (exponent - least_exponent(fmt)) * (
+            1 << fmt.mantissa
+        ) + significand.int()
+        return (codes + (levels < 0) * (1 << (fmt.bits - 1))).to(torch.int16)
 
     def levels(self, codes: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:
         """Return what the bit patterns stand for."""
