@@ -15,9 +15,10 @@ from mpq.core.formats import Scheme
 from mpq.core.jobs import JobSpec
 from mpq.core.layers import LayerGraph, LayerName
 from mpq.core.live import is_live
+from mpq.data import load_data
 from mpq.models import load_batches
 from mpq.nn.batch_norm import reestimated
-from mpq.nn.batches import Batch, check_batches
+from mpq.nn.batches import Batch
 from mpq.nn.input_means import input_means
 from mpq.nn.patch import quantized
 from mpq.nn.quantizers import WeightQuantizer
@@ -42,7 +43,7 @@ def applied(
     where calibration batches are missing.
     """
     check_prepared(spec, model)
-    batches = _batches(spec, store, calibration) if spec.corrections else ()
+    batches = _batches(spec, store, model, calibration) if spec.corrections else ()
     means = input_means(model, graph, batches)[0] if "bias" in spec.corrections else {}
     limits = graph.input_ranges
     with quantized(model, schemes, quantizer=quantizer, limits=limits, means=means):
@@ -65,7 +66,7 @@ def check_prepared(spec: JobSpec, model: nn.Module) -> None:
         )
 
 
-def _batches(spec: JobSpec, store: Store, calibration: Any) -> tuple[Batch, ...]:
+def _batches(spec: JobSpec, store: Store, model: nn.Module, calibration: Any) -> tuple[Batch, ...]:
     if calibration is None and not is_live(spec.calibration):
         calibration = restored(store, spec.calibration)
     if calibration is None:
@@ -74,4 +75,6 @@ def _batches(spec: JobSpec, store: Store, calibration: Any) -> tuple[Batch, ...]
             f"corrections {list(spec.corrections)} need the calibration batches, which were an "
             f"object that is not kept: pass calibration=...",
         )
-    return check_batches("calibration", load_batches(calibration, "calibration"))
+    kept = None if spec.sample is None or is_live(spec.sample) else restored(store, spec.sample)
+    sample = load_batches(kept, "sample")
+    return load_data(calibration, "calibration", model, sample, seed=spec.seed).batches

@@ -83,7 +83,7 @@ def mse(seen: Histogram, bits: int) -> Limits:
     Both ends are shrunk together to i / 64 of the range, i = 64, ..., 1; then the largest and then
     the smallest value alone, in the same steps.
     """
-    fmt = parse_format(f"int{bits}static", "activations")
+    fmt = parse_format(f"int{min(bits, 8)}static", "activations")
     values, counts = seen.centres.float(), seen.counts
 
     def error(limits: Limits) -> float:
