@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from mpq.client import Client
     from mpq.export import export_allocation, import_allocation
     from mpq.nn.timesteps import timestep_calibration
-    from mpq.pipeline import run_job, search
     from mpq.planning import plan
     from mpq.preparing import prepared
     from mpq.referee.compare import compare_metrics
     from mpq.result import SearchResult
+    from mpq.searching import run_job, search
     from mpq.store.store import open_store
     from solvers import solve
     from solvers.least_cost import least_cost
@@ -63,8 +63,8 @@ _LATER = {
     "open_store": "mpq.store.store",
     "plan": "mpq.planning",
     "prepared": "mpq.preparing",
-    "run_job": "mpq.pipeline",
-    "search": "mpq.pipeline",
+    "run_job": "mpq.searching",
+    "search": "mpq.searching",
     "shadow_prices": "solvers.shadow",
     "solve": "solvers",
     "timestep_calibration": "mpq.nn.timesteps",

@@ -60,8 +60,8 @@ def run_here(
     }
     spec = load_job(job, {key: value for key, value in changes.items() if value})
 
-    from mpq.pipeline import run_job
     from mpq.progress import Bars
+    from mpq.searching import run_job
 
     result = run_job(spec, storage, Bars())
     page = result.report(report or Path(f"mpq-report-{result.run_id}.html"))

@@ -70,7 +70,7 @@ def drive(
             spec = store.run(run_id).spec
             executor = warm_executor_for(spec, ready)
 
-            from mpq.pipeline import run_job  # imports torch: workers do the same meanwhile
+            from mpq.searching import run_job  # imports torch: workers do the same meanwhile
 
             run_job(spec, store, Logged.of(run_id, Kept(store, run_id)), run_id, executor)
         except Exception as error:

@@ -43,6 +43,6 @@ def imported(ray_address: str | None) -> Executor | None:
     if ray_address is not None:
         ready = get_executor("ray", address=ray_address)
         ready.warm(_IMPORTED)
-    for module in ("mpq.pipeline", *_IMPORTED):
+    for module in ("mpq.searching", *_IMPORTED):
         importlib.import_module(module)
     return ready

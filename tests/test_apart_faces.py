@@ -12,8 +12,8 @@ import mpq
 from mpq.dry_run import dry_run
 from mpq.jobfile import load_job, parse_job
 from mpq.layer_use import layer_uses
-from mpq.pipeline import run_job
 from mpq.run_tables import allocation_table
+from mpq.searching import run_job
 from mpq.store.store import Store, open_store
 from tests.dashboards import asking
 from tests.llamas import batches, llama

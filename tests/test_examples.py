@@ -12,7 +12,7 @@ from benchmarks.sections.sketch import compare
 from examples import digits_diffusion, digits_vit
 from mpq.core.evaluation import CHOSEN, Evaluation
 from mpq.jobfile import load_job
-from mpq.pipeline import run_job
+from mpq.searching import run_job
 
 EXAMPLES = ["digits_diffusion", "digits_resnet20", "digits_vit", "minilm"]
 SCHEMES = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
