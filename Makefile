@@ -27,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## every benchmark, one after the other
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

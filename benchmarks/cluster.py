@@ -4,7 +4,7 @@ The scheduler is the real one (workers/schedule.py). First over simulated worker
 their own: 1,000,000 tasks on 2,000 workers, of which 2 % of the tasks kill their worker and 2 %
 take 20 times as long; then for how many workers it keeps up. Then over real Ray: its own time
 for each task, and scoring MiniLM with two workers against the serial executor.
-Run: python benchmarks/cluster.py [first_score simulated saturation overhead scoring]
+Run: python -m benchmarks.cluster [first_score simulated saturation overhead scoring]
 """
 
 from __future__ import annotations

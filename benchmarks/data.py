@@ -3,7 +3,7 @@
 Searches digits_resnet20 at 3.0 and 2.5 bits a weight (scales included, ranges from the largest
 magnitude) with real images, ZeroQ's, Genie's and Gaussian noise, as many samples of each; the
 chosen network is judged on the 719 test images.
-Run: python benchmarks/data.py [--samples 64] [--seeds 1] [--bits 3.0 2.5] [--sources real genie]
+Run: python -m benchmarks.data [--samples 64] [--seeds 1] [--bits 3.0 2.5] [--sources real genie]
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 examples.digits_diffusion with every layer in one scheme and activation ranges from: the first
 step alone, evenly spaced steps (Q-Diffusion), density and diversity (EDA-DM); layers that read
 a concatenation whole and split. Error of the output on the way to other images, in its power.
-Run: python benchmarks/diffusion.py [int8:int6 int8:int4]
+Run: python -m benchmarks.diffusion [int8:int6 int8:int4]
 """
 
 from __future__ import annotations

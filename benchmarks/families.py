@@ -4,7 +4,7 @@ MiniLM at a budget of mean bits: the search over integers, minifloats, MX blocks
 weights, each rounded to nearest and by GPTQ, against the search within each of them alone (those
 whose narrowest format fits), same data, same solver, same refinement. Judged by the mean cosine to
 the unquantized embeddings on held-out sentences.
-Run: python benchmarks/families.py [--bits 3.0] [--clip mse] [--seeds 0]
+Run: python -m benchmarks.families [--bits 3.0] [--clip mse] [--seeds 0]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ All weights of the 36 linear layers of MiniLM (10.6 M) in 20 schemes, and with -
 embeddings too (22.6 M); the median over rounds, each round every format once in a new random order.
 Beside it the mean squared error of each format relative to that of its weights, and the exact mean
 bits of what is stored.
-Run: python benchmarks/formats.py [--rounds 5] [--all]
+Run: python -m benchmarks.formats [--rounds 5] [--all]
 """
 
 from __future__ import annotations

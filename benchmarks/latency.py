@@ -5,7 +5,7 @@ two ResNets: the seconds that the table predicts beside those of the really quan
 ONNX Runtime or torch (one thread, processor time, taking turns with the fp32 network). The mixes
 are others than those that corrected the table.
 
-    python benchmarks/latency.py [--backend torch_cpu] [--mixes 15] [--seconds 60] [--only resnet20]
+    python -m benchmarks.latency [--backend torch_cpu] [--mixes 15] [--seconds 60] [--only resnet20]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ MiniLM on one sentence of 16 tokens: a whole search for each of some budgets bet
 mix and fp32, as a user would run it. Then the chosen networks, and the uniform ones, in ONNX
 Runtime (one thread, processor time, in turns with the fp32 network) and on held-out sentences.
 
-    python benchmarks/latency_budgets.py [--budgets 10] [--seconds 60]
+    python -m benchmarks.latency_budgets [--budgets 10] [--seconds 60]
 """
 
 from __future__ import annotations

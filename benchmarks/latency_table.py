@@ -6,7 +6,7 @@ default schemes, twice, each time in a process of its own, and prints the second
 their 95 % intervals overlap, or the difference is within the root of the sum of the squared
 half-widths.
 
-    python benchmarks/latency_table.py [--rows 64] [--budget 60] [--pause 0]
+    python -m benchmarks.latency_table [--rows 64] [--budget 60] [--pause 0]
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For each network random allocations of what each target runs, written as real fi
 checkpoint, a compressed-tensors checkpoint (safetensors) and GGUF. Bytes are those of all tensors;
 a file has its header (and GGUF a padding to 32 bytes, which is checked) on top. The Python of gguf
 quantizes no K type: their blocks are written as zeros, as many as the library says.
-Run: python benchmarks/memory.py [minilm digits_vit llama] [--allocations 20]
+Run: python -m benchmarks.memory [minilm digits_vit llama] [--allocations 20]
 """
 
 from __future__ import annotations

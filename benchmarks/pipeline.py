@@ -1,6 +1,6 @@
 """What corrections, observers and transforms of the calibration pipeline are worth.
 
-Run: python benchmarks/pipeline.py [digits_resnet20 digits_vit minilm]
+Run: python -m benchmarks.pipeline [digits_resnet20 digits_vit minilm]
 """
 
 from __future__ import annotations

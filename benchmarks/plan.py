@@ -1,6 +1,6 @@
 """How long a plan of a network of 70 G parameters takes, in what memory, and what it says.
 
-Times of machines are rooflines: modelled, not measured. Run: python benchmarks/plan.py
+Times of machines are rooflines: modelled, not measured. Run: python -m benchmarks.plan
 """
 
 from __future__ import annotations

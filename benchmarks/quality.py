@@ -2,7 +2,7 @@
 
 For each example: int2 to int8 weights per output channel, the bytes of a uniform scheme as the
 budget, both clips; the chosen mix and that uniform scheme on held-out data.
-Run: python benchmarks/quality.py [minilm digits_resnet20 digits_vit]
+Run: python -m benchmarks.quality [minilm digits_resnet20 digits_vit]
 """
 
 from __future__ import annotations

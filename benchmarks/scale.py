@@ -1,7 +1,7 @@
 """What scoring a network of 70 G parameters on 64 GPUs would take: arithmetic, nothing is run.
 
 The formulas and what they leave out are in docs/scale.md, which holds what this prints.
-Run: python benchmarks/scale.py
+Run: python -m benchmarks.scale
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the sensitivity metrics, their error bars, pairs and refinement are worth.
 
 Prints one table after the other; each is a file of benchmarks/sections that also runs alone.
-Run: python benchmarks/sensitivity.py [sketch traces coverage improvement relevance scaling]
+Run: python -m benchmarks.sensitivity [sketch traces coverage improvement relevance scaling]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Times are processor time, CBC's own process included: on an idle machine that of
 Then what pairs, error bars, questions about an answer and the other solvers take: each of
 benchmarks/solver_sections also runs alone (python -m benchmarks.solver_sections.pairs); `measured`,
 which measures for a quarter of an hour, only so.
-Run: python benchmarks/solvers.py [units ...]; with units these sizes alone.
+Run: python -m benchmarks.solvers [units ...]; with units these sizes alone.
 """
 
 from __future__ import annotations
