@@ -15,7 +15,8 @@ test: $(READY)  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(READY)  ## the slow tests alone
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and alone"
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .

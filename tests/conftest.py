@@ -24,6 +24,38 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+# Whose slow tests measure times, or kill processes by the time that is left to them.
+ALONE = {
+    f"test_{name}"
+    for name in (
+        "cluster",
+        "dashboard_browser",
+        "dashboard_client",
+        "deploy",
+        "deploy_torch_cpu",
+        "deployments",
+        "device_hardware",
+        "made_ahead",
+        "memory_short",
+        "profiles",
+        "ray_jobs",
+        "service",
+        "service_limits",
+        "solvers_measured",
+        "store_away",
+        "store_processes",
+        "workers",
+    )
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of these files."""
+    for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
