@@ -12,6 +12,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.format_parts import count_of
 from mpq.core.formats import parse_format
 from mpq.nn.quantizers import LayerData, WeightQuantizer, family_of, quantize_weight
+from mpq.nn.quantizers.integer import leading_bits
 
 SHAPES = {
     "linear": ((24, 64), 0),
@@ -168,6 +169,25 @@ def test_leading_bits_are_those_of_the_int8_tensor(bits: int) -> None:
     assert torch.equal(narrow.scales, wide.scales * ratio)
     if bits == 8:
         assert torch.equal(narrow.dequantize(), wide.dequantize())
+
+
+@pytest.mark.parametrize("where", ["", "t", "g16"])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_one_stored_tensor_yields_every_narrower_one(bits: int, where: str) -> None:
+    weight = weight_of((6, 32))
+    wide = quantize_weight(weight, parse_format(f"int8{where}"))
+    narrow = quantize_weight(weight, parse_format(f"int{bits}of8{where}"))
+    found = leading_bits(wide, bits)
+    assert (found.fmt, found.shape) == (narrow.fmt, narrow.shape)
+    assert torch.equal(found.codes, narrow.codes)
+    assert torch.equal(found.dequantize(), narrow.dequantize())
+
+
+@pytest.mark.parametrize(("text", "bits"), [("int8", 1), ("int8", 9), ("int8a", 4), ("int6", 4)])
+def test_what_is_no_int8_tensor_yields_nothing(text: str, bits: int) -> None:
+    stored = quantize_weight(weight_of((6, 32)), parse_format(text))
+    with pytest.raises(InvalidInputError, match=f"got {bits} of {text}"):
+        leading_bits(stored, bits)
 
 
 @pytest.mark.parametrize("bits", range(2, 8))

@@ -10,11 +10,15 @@ one stored int8 tensor yields all narrower ones. Scales are rounded to IEEE half
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Format
 from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.grid import HalfScales, OnGrid, Scales, as_half
+from mpq.nn.quantizers.stored import StoredWeight
 
 _WIDE = 8
 
@@ -61,6 +65,26 @@ class Integers(HalfScales):
     def lowest_code(self, fmt: Format) -> int:
         """Return -2^(b-1) where codes are signed."""
         return -(2 ** (fmt.bits - 1)) if fmt.symmetric else 0
+
+
+def leading_bits(stored: StoredWeight, bits: int) -> StoredWeight:
+    """Return the weight in `bits` that a stored int8 tensor yields, without the weight itself.
+
+    It is what "int{bits}of8" stores. Raises InvalidInputError (`format`) for anything but
+    symmetric int8 codes, and for bits outside of 2 to 8.
+    """
+    fmt = stored.fmt.as_stored
+    whole = fmt.is_plain_integer and fmt.bits == _WIDE and fmt.symmetric
+    if not whole or not 2 <= bits <= _WIDE:
+        raise InvalidInputError(
+            "format",
+            f"the 2 to 8 leading bits are those of symmetric int8 weights, got {bits} of "
+            f"{fmt.text('weights')}",
+        )
+    ratio, half = 2.0 ** (_WIDE - bits), 2 ** (bits - 1)
+    codes = (stored.codes.float() / ratio).round_().clamp_(-half, half - 1).to(torch.int16)
+    narrow = replace(fmt, bits=bits, variant="of8")
+    return replace(stored, codes=codes, scales=stored.scales * ratio, fmt=narrow)
 
 
 class UnsignedIntegers(HalfScales):
