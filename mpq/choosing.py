@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mpq.candidates import Proposal, best
@@ -14,6 +14,7 @@ from mpq.core.limits import Limit
 from mpq.core.problem import Allocation, Problem
 from mpq.criterion import Criterion
 from mpq.evaluate import Candidate
+from mpq.families import family_of_candidate, family_schemes, of_family
 from mpq.refine import Relinearise, refine
 from mpq.store.store import Store
 
@@ -39,27 +40,24 @@ def choose(
     evaluations = measured([as_candidate(proposal) for proposal in proposals])
     criterion = _criterion(spec, proposals, evaluations)
     if spec.solver == "auto" and spec.refine:
-        allowed = [p for p in proposals if criterion.allows(evaluations[p.name])]
-        free = replace(criterion, limits=())
-        first = best(allowed if any(p.fits for p in allowed) else proposals, evaluations, free)
         try:
-            steps = refine(
-                problem,
-                first,
-                evaluations[first.name],
-                around,
-                lambda p: measured([as_candidate(p)])[p.name],
-                spec.refine,
-                criterion,
-            )
+            for start in _starts(problem, proposals, evaluations, criterion, around):
+                for proposal, evaluation in refine(
+                    start.problem,
+                    start.proposal,
+                    evaluations[start.proposal.name],
+                    start.around,
+                    lambda p: measured([as_candidate(p)])[p.name],
+                    spec.refine,
+                    criterion,
+                    start.name,
+                ):
+                    proposals.append(proposal)
+                    evaluations[proposal.name] = evaluation
         except InvalidInputError as error:
             if error.code != "no_gradient":
                 raise
             store.log(run_id, "not refined", str(error))
-            steps = []
-        for proposal, evaluation in steps:
-            proposals.append(proposal)
-            evaluations[proposal.name] = evaluation
     chosen = keep_best(proposals, evaluations, criterion, store, run_id)
     fitting = [proposal.name for proposal in proposals if proposal.fits]
     by = f" by {' + '.join(criterion.scales)}" if criterion.scales else ""
@@ -67,6 +65,47 @@ def choose(
         run_id, "chosen", f"{chosen.name} measured best on calibration{by} of {', '.join(fitting)}"
     )
     return chosen, criterion
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where a refinement begins, and within which choices."""
+
+    name: str
+    problem: Problem
+    proposal: Proposal
+    around: Relinearise
+
+
+def _starts(
+    problem: Problem,
+    proposals: Sequence[Proposal],
+    evaluations: Mapping[str, Evaluation],
+    criterion: Criterion,
+    around: Relinearise,
+) -> list[_Start]:
+    """Return the best proposal, and the best of a single family of formats within its family.
+
+    Fewer choices are fewer ways to fit the calibration data too well.
+    """
+    allowed = [p for p in proposals if criterion.allows(evaluations[p.name])]
+    candidates = allowed if any(p.fits for p in allowed) else proposals
+    free = replace(criterion, limits=())
+    found = [_Start("refined", problem, best(candidates, evaluations, free), around)]
+    alone = [p for p in candidates if p.fits and family_of_candidate(p.name)]
+    if alone:
+        proposal = best(alone, evaluations, free)
+        family = family_of_candidate(proposal.name)
+        cells, numbers = problem.cells.restrict(family_schemes(problem.cells, family))
+        found.append(
+            _Start(
+                f"refined only {family}",
+                of_family(problem, family),
+                proposal,
+                lambda base: around(base).restrict(cells, numbers),
+            )
+        )
+    return found
 
 
 def keep_best(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from mpq.core.formats import Format
+from mpq.core.formats import Format, Scheme
+from mpq.core.layers import UnitName
 from mpq.core.problem import Allocation, Problem, Solution
+from mpq.core.tables import Cells
 from solvers import solve
 from solvers.pairs import Pairs
+from solvers.trust import cross_validated
 
+ONLY, _WITH_PAIRS = "only ", ", pairs"
 _MEASURED = 3  # of all families: those of the least predicted loss
 
 
@@ -24,15 +28,39 @@ def within_families(problem: Problem) -> dict[str, Allocation]:
     names = {family_name(s.weights) for s in schemes if not s.weights.is_native}
     if len(names) < 2:
         return {}
-    alone = {name: _restricted(problem, name) for name in sorted(names)}
+    alone = {name: of_family(problem, name) for name in sorted(names)}
     solved = {name: solve(of) for name, of in alone.items()}
     fitting = [name for name, solution in solved.items() if solution.allocation is not None]
     best = sorted(fitting, key=lambda name: _score(solved[name]))[:_MEASURED]
-    found = {f"only {name}": solved[name].allocation for name in best}
+    found = {f"{ONLY}{name}": solved[name].allocation for name in best}
     if problem.responses is not None:
         for name in best:
-            found[f"only {name}, pairs"] = Pairs(prove=False).solve(alone[name]).allocation
+            with_pairs = Pairs(prove=False).solve(cross_validated(alone[name]))
+            found[f"{ONLY}{name}{_WITH_PAIRS}"] = with_pairs.allocation
     return {name: allocation for name, allocation in found.items() if allocation is not None}
+
+
+def of_family(problem: Problem, name: str) -> Problem:
+    """Return the problem in which units take only the schemes of a family."""
+    return problem.pinned(family_schemes(problem.cells, name))
+
+
+def family_schemes(cells: Cells, name: str) -> dict[UnitName, list[Scheme]]:
+    """Return the schemes of a family, and native ones, of the units that are offered it."""
+    own = {
+        unit: [s for s in schemes if family_name(s.weights) == name]
+        for unit, schemes in zip(cells.units, cells.schemes, strict=True)
+    }
+    native = {
+        unit: [s for s in schemes if s.weights.is_native]
+        for unit, schemes in zip(cells.units, cells.schemes, strict=True)
+    }
+    return {unit: schemes + native[unit] for unit, schemes in own.items() if schemes}
+
+
+def family_of_candidate(candidate: str) -> str:
+    """Return the family of a candidate of `within_families`, "" of any other."""
+    return candidate.removeprefix(ONLY).removesuffix(_WITH_PAIRS) if ONLY in candidate else ""
 
 
 def family_name(weights: Format) -> str:
@@ -41,14 +69,6 @@ def family_name(weights: Format) -> str:
     branch = "+branch" if weights.rank else ""
     rounding = "" if weights.rounding == "nearest" else f"@{weights.rounding}"
     return f"{kind}{branch}{rounding}"
-
-
-def _restricted(problem: Problem, name: str) -> Problem:
-    allowed = {
-        unit: [s for s in schemes if s.weights.is_native or family_name(s.weights) == name]
-        for unit, schemes in zip(problem.cells.units, problem.cells.schemes, strict=True)
-    }
-    return problem.pinned({unit: schemes for unit, schemes in allowed.items() if schemes})
 
 
 def _score(solution: Solution) -> float:

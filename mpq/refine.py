@@ -35,6 +35,7 @@ def refine(
     measure: MeasureOne,
     steps: int,
     criterion: Criterion,
+    name: str = "refined",
 ) -> list[tuple[Proposal, Evaluation]]:
     """Return what at most `steps` steps tried, in order, with its measurement.
 
@@ -56,7 +57,7 @@ def refine(
         # what is proven is proven of the region, not of the whole problem
         found = replace(solution, budgets=problem.budgets, status=Status.FEASIBLE)
         proposal = Proposal(
-            name=f"refined {len(tried) + 1}",
+            name=f"{name} {len(tried) + 1}",
             solution=additively(problem, found, bound),
             predicted=best_measured.mean + solution.score,
             fits=problem.fits(solution.allocation),
