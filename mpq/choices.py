@@ -8,7 +8,15 @@ from dataclasses import replace
 
 from hw_cost_models.kv_cache import cached_bytes
 from mpq.core.errors import InvalidInputError, MpqWarning
-from mpq.core.formats import FP32, Format, PerChannel, Scheme, parse_format, parse_scheme
+from mpq.core.formats import (
+    FP32,
+    Format,
+    PerChannel,
+    PerGroup,
+    Scheme,
+    parse_format,
+    parse_scheme,
+)
 from mpq.core.jobs import OnIndivisible
 from mpq.core.layers import Layer, LayerGraph, Unit
 from mpq.core.patterns import matching
@@ -167,6 +175,7 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             f"{scheme} quantizes activations, but {layer.kind} {layer.name!r} "
             f"{layer.why_weights_only}: pin it to a weights-only scheme",
         )
+    _check_blocks(layer, scheme)
     if (
         scheme.weights.is_native
         and scheme.weights.bits * layer.num_weights > layer.weight_bytes * 8
@@ -175,4 +184,25 @@ def _check_storable(layer: Layer, scheme: Scheme) -> None:
             "scheme",
             f"{scheme} is wider than the {layer.weight_bytes * 8 // layer.num_weights}-bit weights "
             f"of layer {layer.name!r}",
+        )
+
+
+def _check_blocks(layer: Layer, scheme: Scheme) -> None:
+    """Raise InvalidInputError for blocks of activations that do not lie along a layer's inputs."""
+    blocks = scheme.activations.granularity
+    if not isinstance(blocks, PerGroup):
+        return
+    if layer.kind.startswith("conv"):
+        raise InvalidInputError(
+            "scheme",
+            f"{scheme}: blocks of activations lie along the inputs of linear layers, "
+            f"{layer.name!r} is a {layer.kind}: skip it or give it a format with one scale",
+        )
+    inputs = layer.weight_shape[-1]
+    if inputs % blocks.size:
+        raise InvalidInputError(
+            "group_size",
+            f"{scheme} does not fit layer {layer.name!r}: blocks of {blocks.size} do not divide "
+            f"its {inputs} inputs; leave the layer out with skip=[{layer.name!r}] or pin it to "
+            f"another scheme",
         )

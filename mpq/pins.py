@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from mpq.choices import pinned_scheme
@@ -86,7 +87,8 @@ def parse_forbidden(texts: Sequence[str]) -> list[tuple[Named, Named]]:
     """Read "name=scheme,name=scheme" as the command line gives it."""
     found: list[tuple[Named, Named]] = []
     for text in texts:
-        named = [tuple(part.strip().rpartition("=")[::2]) for part in text.split(",")]
+        parts = re.split(r",(?![^()]*\))", text)  # not at the comma of "fixed(8,2)"
+        named = [tuple(part.strip().rpartition("=")[::2]) for part in parts]
         if len(named) != 2 or not all(name and scheme for name, scheme in named):
             raise InvalidInputError(
                 "forbid", f"a forbidden pair is written NAME=SCHEME,NAME=SCHEME, got {text!r}"

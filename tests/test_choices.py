@@ -10,7 +10,7 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.formats import Scheme
 from mpq.core.layers import Layer
 from mpq.nn.graph import build_graph
-from tests.builders import Block, Decoder, mlp, schemes, tokens
+from tests.builders import Block, Decoder, conv_net, mlp, schemes, tokens
 
 INT4, INT8, GROUPED = schemes("int4", "int8", "int4g8")
 BLOCK = build_graph(Block(), torch.randn(2, 5, 8))
@@ -151,3 +151,16 @@ def test_a_branch_of_too_high_a_rank_is_refused_with_the_layer() -> None:
     graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
     with pytest.raises(InvalidInputError, match=r"int4\+r99 does not fit layer '0'"):
         make_cells(graph, lambda _: schemes("int4+r99"))
+
+
+def test_blocks_of_activations_lie_along_the_inputs_of_linear_layers() -> None:
+    graph = build_graph(conv_net(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(InvalidInputError, match="blocks of activations lie along the inputs"):
+        make_cells(graph, lambda _: schemes("int8:bfp8g2"))
+
+
+def test_blocks_of_activations_that_do_not_divide_are_refused_with_the_layer() -> None:
+    graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
+    told = "int8:mxfp8_e4m3 does not fit layer '0': blocks of 32 do not divide its 12 inputs"
+    with pytest.raises(InvalidInputError, match=told):
+        make_cells(graph, lambda _: schemes("int8:mxfp8_e4m3"))

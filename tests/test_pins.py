@@ -34,6 +34,8 @@ def test_what_is_no_pair_is_told_how_to_write_one(text: str) -> None:
 
 def test_a_pair_as_it_is_typed() -> None:
     assert parse_forbidden(["a.b=int2, c=int4g64"]) == [(("a.b", "int2"), ("c", "int4g64"))]
+    fixed = parse_forbidden(["a=fixed(8,2),b=int4+10%int8"])
+    assert fixed == [(("a", "fixed(8,2)"), ("b", "int4+10%int8"))]
 
 
 def test_unknown_names_and_odd_pairs_are_refused() -> None:
