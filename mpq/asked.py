@@ -9,6 +9,9 @@ from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Budget
 
 
+_NEVER_NONE = ("skip", "limits", "transforms", "corrections")
+
+
 def check_asked(
     budgets: Any, minimise: Any, pin: Any, quality: Any, groups: Any, lists: Mapping[str, Any]
 ) -> None:
@@ -20,7 +23,7 @@ def check_asked(
             "['accuracy drop <= 1%']",
         )
     for what, given in {"budgets": budgets, **lists}.items():
-        if isinstance(given, str | Budget):
+        if isinstance(given, str | Budget) or (given is None and what in _NEVER_NONE):
             raise InvalidInputError(what, f"{what} is a list, got {given!r}: write [it]")
     if pin is not None and not isinstance(pin, Mapping):
         raise InvalidInputError("pin", f"pin is {{layer: scheme}}, got {pin!r}")

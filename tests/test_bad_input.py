@@ -17,7 +17,7 @@ from torch import nn
 
 import mpq
 from mpq.core.errors import InfeasibleError, InvalidInputError, MpqError, MpqWarning
-from mpq.core.jobs import RunState
+from mpq.core.jobs import JobSpec, RunState
 from mpq.listed import print_page
 from mpq.store.store import Store, open_store
 from mpq.terminal import print_run, print_solution
@@ -610,3 +610,24 @@ def test_evaluate_may_return_nan_and_tensors_of_one_number(store: Store) -> None
     (whole,) = [e for e in result.evaluation if e.candidate == "unquantized"]
     assert math.isnan(whole.metrics["a"])
     assert whole.metrics["b"] == 1.0
+
+
+BAD_WORDS = {
+    "clip": ("mes", "unknown clip 'mes': did you mean 'mse'"),
+    "on_indivisible": ("chanel", "unknown on indivisible 'chanel': did you mean 'channel'"),
+    "activations": ("appart", "unknown activations 'appart': did you mean 'apart'"),
+    "corrections": (("bias", "bias"), "corrections: 'bias' is there twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WORDS)
+def test_a_word_that_a_key_does_not_know_is_told_with_those_it_does(name: str) -> None:
+    value, told = BAD_WORDS[name]
+    with pytest.raises(InvalidInputError, match=told):
+        JobSpec(model="m:m", calibration="m:c", budgets=("memory <= 50%",), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["corrections", "transforms", "skip", "limits"])
+def test_a_list_that_is_none_is_told(name: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{name} is a list, got None"):
+        mpq.search(torch.nn.Linear(2, 2), [], budgets=["memory <= 50%"], **{name: None})

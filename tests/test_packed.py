@@ -195,3 +195,13 @@ def test_a_file_that_is_no_packed_checkpoint_is_named(tmp_path: Path, make: obje
     graph = build_graph(mlp(inputs=12), torch.randn(2, 12))
     with pytest.raises(InvalidInputError, match=r"other\.safetensors is not a packed checkpoint"):
         read_packed(path, graph)
+
+
+@pytest.mark.parametrize("text", ["int4+r4", "int4g16+r4", "int4+10%int8", "mxfp4", "ternary"])
+def test_formats_of_more_than_codes_are_written(tmp_path: Path, text: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    packed, graph, allocation, _ = written(tmp_path, model, torch.randn(2, 64), text)
+    names = tuple(unit.name for unit in graph.units)
+    cells = Cells(units=names, schemes=((parse_scheme(text),),) * len(names))
+    table = get_cost_model("memory").table(graph, cells)
+    assert packed.tensor_bytes == table.fixed + sum(table.values[allocation.choice(cells)])

@@ -17,6 +17,7 @@ from mpq.nn.batches import call
 from mpq.nn.calibrate import with_input_ranges
 from mpq.nn.graph import build_graph
 from mpq.nn.patch import evaluating, quantized
+from mpq.nn.transforms import reports_of
 from mpq.nn.transforms.split_shortcut import SplitInput, split_shortcuts
 from tests.contracts import borrowed_state, same_state
 from tests.tiny_unet import sample_loop, tiny_unet
@@ -172,3 +173,20 @@ def test_parts_are_layers_of_a_search(tmp_path: Path) -> None:
     for name, _ in layers:
         assert {f"{name}.first", f"{name}.second"} <= set(result.allocation)
         assert name not in result.allocation
+
+
+def test_a_job_names_the_split_as_a_transform() -> None:
+    model = tiny_unet()
+    before = borrowed_state(model)
+    network = mpq.prepared(model, [images()], ["split_shortcuts"])
+    assert same_state(before, borrowed_state(model))
+    expected, _ = split_shortcuts(model, [images()])
+    assert network.state_dict().keys() == expected.state_dict().keys()
+    assert away(model, network, images(samples=6)) < 1e-5
+    (report,) = reports_of(network)
+    assert report.changed == ("up", "out")
+    assert report.transform == "split_shortcuts"
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert set(report.unchanged) == linears - set(report.changed)
+    with pytest.raises(InvalidInputError, match="has 1 settings, split_shortcuts takes none"):
+        mpq.prepared(model, [images()], ["split_shortcuts(1)"])

@@ -275,7 +275,7 @@ def test_a_constant_channel_is_no_division_by_zero() -> None:
         ("smooth(2)", "transform", "between 0"),
         ("smooth(a)", "transform", "settings are numbers"),
         ("smooth(0.5", "transform", "got 'smooth\\(0.5'"),
-        ("smooth(0.5, 1)", "transform", "too many settings"),
+        ("smooth(0.5, 1)", "transform", "has 2 settings, smooth takes 1 at most"),
         ("repq(0.5)", "transform", "from 1 on"),
     ],
 )

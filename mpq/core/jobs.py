@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 from mpq.core.errors import InvalidInputError, unknown
 from mpq.core.profiles import Profile, as_texts, given_profiles
@@ -19,6 +19,12 @@ Clip = Literal["minmax", "mse"]
 Correction = Literal["bias", "batch_norm"]
 CORRECTIONS: tuple[Correction, ...] = ("bias", "batch_norm")
 OnIndivisible = Literal["refuse", "channel"]
+# Keys that are one of a few words.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "clip": get_args(Clip),
+    "on_indivisible": get_args(OnIndivisible),
+    "activations": ("tied", "apart"),
+}
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
 _BY_LOSS = {"solver": "auto", "precision": None, "quality_groups": "auto"}
@@ -142,9 +148,14 @@ class JobSpec:
                 )
         self._check_apart()
         object.__setattr__(self, "profiles", as_texts(given_profiles(self.profiles)))
+        for name, words in _WORDS.items():
+            if getattr(self, name) not in words:
+                raise unknown(name.replace("_", " "), getattr(self, name), words)
         for name in self.corrections:
             if name not in CORRECTIONS:
                 raise unknown("correction", name, CORRECTIONS)
+            if self.corrections.count(name) > 1:
+                raise InvalidInputError("job_value", f"corrections: {name!r} is there twice")
         if "" in self.quality:
             raise InvalidInputError("job_value", "quality: '' is no name, give each quality one")
         if self.study is not None and self.solver not in _WITH_STUDY:

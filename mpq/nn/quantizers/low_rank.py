@@ -48,8 +48,8 @@ class LowRankBranch:
         left, values, right = torch.linalg.svd(matrix * inputs, full_matrices=False)
         root = values[: fmt.rank].sqrt()
         factors = {
-            _LEFT: (left[:, : fmt.rank] * root).half(),
-            _RIGHT: (right[: fmt.rank] * root[:, None] / inputs).half(),
+            _LEFT: (left[:, : fmt.rank] * root).half().contiguous(),
+            _RIGHT: (right[: fmt.rank] * root[:, None] / inputs).half().contiguous(),
         }
         rest = matrix - _product(factors)
         residual = from_rows(rest, tuple(weight.shape), channel_axis)

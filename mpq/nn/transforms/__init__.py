@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from mpq.nn.transforms.report import TransformReport
 from mpq.nn.transforms.repq import repq
 from mpq.nn.transforms.shift import shift
 from mpq.nn.transforms.smooth import smooth
+from mpq.nn.transforms.split_layers import split_and_report
 
 # Each changes the network it is given: (model, batches, *settings, seed=...) -> report.
 TRANSFORMS: dict[str, Callable[..., TransformReport]] = {
@@ -22,6 +24,7 @@ TRANSFORMS: dict[str, Callable[..., TransformReport]] = {
     "shift": shift,
     "repq": repq,
     "hadamard": hadamard,
+    "split_shortcuts": split_and_report,
 }
 
 _REPORTS = "mpq_transforms"  # the attribute of a prepared network
@@ -39,14 +42,16 @@ def transformed(
     network = copy.deepcopy(model)
     reports = list(reports_of(model))
     for text, (name, settings) in zip(transforms, calls, strict=True):
-        try:
-            reports.append(TRANSFORMS[name](network, batches, *settings, seed=seed))
-        except TypeError as error:
-            if "positional argument" not in str(error):
-                raise
+        transform = TRANSFORMS[name]
+        taken = list(signature(transform).parameters.values())[2:]  # behind model and batches
+        most = sum(parameter.kind is Parameter.POSITIONAL_OR_KEYWORD for parameter in taken)
+        if len(settings) > most:
             raise InvalidInputError(
-                "transform", f"transform {text!r} has too many settings: {error}"
-            ) from None
+                "transform",
+                f"transform {text!r} has {len(settings)} settings, {name} takes {most or 'none'}"
+                f"{' at most' if most else ''}",
+            )
+        reports.append(transform(network, batches, *settings, seed=seed))
     network.__dict__[_REPORTS] = tuple(reports)
     return network
 
