@@ -8,7 +8,6 @@ from typing import Any
 from mpq.core.errors import InvalidInputError
 from mpq.core.problem import Budget
 
-
 _NEVER_NONE = ("skip", "limits", "transforms", "corrections")
 
 
