@@ -172,7 +172,7 @@ def test_log_is_in_order_and_can_be_followed(store: Store) -> None:
 
 
 def test_spec_that_could_not_be_read_back_is_refused(store: Store) -> None:
-    for wrong in ({"clip": "many"}, {"metric": None}, {"name": "lone \ud800 surrogate"}):
+    for wrong in ({"divergence": "many"}, {"metric": None}, {"name": "lone \ud800 surrogate"}):
         with pytest.raises(InvalidInputError) as caught:
             store.create_run(dataclasses.replace(SPEC, **wrong))
         assert caught.value.code in ("record", "text")
