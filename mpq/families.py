@@ -47,15 +47,12 @@ def of_family(problem: Problem, name: str) -> Problem:
 
 def family_schemes(cells: Cells, name: str) -> dict[UnitName, list[Scheme]]:
     """Return the schemes of a family, and native ones, of the units that are offered it."""
-    own = {
-        unit: [s for s in schemes if family_name(s.weights) == name]
-        for unit, schemes in zip(cells.units, cells.schemes, strict=True)
-    }
-    native = {
-        unit: [s for s in schemes if s.weights.is_native]
-        for unit, schemes in zip(cells.units, cells.schemes, strict=True)
-    }
-    return {unit: schemes + native[unit] for unit, schemes in own.items() if schemes}
+    found = {}
+    for unit, schemes in zip(cells.units, cells.schemes, strict=True):
+        if any(family_name(s.weights) == name for s in schemes):
+            own = (s for s in schemes if s.weights.is_native or family_name(s.weights) == name)
+            found[unit] = list(own)
+    return found
 
 
 def family_of_candidate(candidate: str) -> str:

@@ -173,12 +173,9 @@ def make_workload(
         graph = _with_ranges(spec, given, graph, cells)
     means: InputMeans = {}
     if "bias" in spec.corrections:
-        means, why_not = input_means(given.model, graph, given.calibration)
-        for name, why in why_not.items():
-            warnings.warn(f"no bias correction of {name!r}: {why}", MpqWarning, stacklevel=2)
-        graph = with_added_biases(given.model, graph, means)
+        graph, means = _with_biases(given, graph)
     if "batch_norm" in spec.corrections:
-        batch_norms(given.model)
+        batch_norms(given.model)  # refuses a network that has none
     batch_keys = batches_digest(given.calibration)
     corrected = (spec.corrections, means, batch_keys) if spec.corrections else ()
     made = any(s.weights.made_ahead for schemes in cells.schemes for s in schemes)
@@ -214,6 +211,14 @@ def make_workload(
         batch_keys=batch_keys,
         held_out_keys=batches_digest(given.held_out),
     )
+
+
+def _with_biases(given: Given, graph: LayerGraph) -> tuple[LayerGraph, InputMeans]:
+    """Return the graph with the biases that a correction adds, and the mean inputs it takes."""
+    means, why_not = input_means(given.model, graph, given.calibration)
+    for name, why in why_not.items():
+        warnings.warn(f"no bias correction of {name!r}: {why}", MpqWarning, stacklevel=3)
+    return with_added_biases(given.model, graph, means), means
 
 
 def _with_ranges(spec: JobSpec, given: Given, graph: LayerGraph, cells: Cells) -> LayerGraph:

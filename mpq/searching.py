@@ -11,6 +11,7 @@ from mpq.artifacts import parts_of
 from mpq.asked import check_asked
 from mpq.choices import scheme_texts
 from mpq.core.jobs import (
+    Activations,
     Clip,
     Correction,
     Divergence,
@@ -50,7 +51,7 @@ def search(
     embeddings: bool = False,
     kv_cache: bool | Mapping[str, int] = False,
     kv_schemes: Sequence[str] | None = None,
-    activations: Literal["tied", "apart"] = "tied",
+    activations: Activations = "tied",
     activation_schemes: Sequence[str] | None = None,
     clip: Clip = "minmax",
     transforms: Sequence[str] = (),

@@ -143,6 +143,18 @@ def _fixed_text(fmt: Format, where: str) -> str:
     return f"fixed({fmt.bits}{integer})"
 
 
+def _of_activations(beginning: str, example: str) -> Family:
+    """Return a form of activations alone that is a word and the number of bits."""
+    return Family(
+        rf"{beginning}{_BITS}",
+        _number,
+        lambda fmt, _: f"{beginning}{fmt.bits}",
+        (example,),
+        bits=(2, 8),
+        roles=("activations",),
+    )
+
+
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "int": (
         Family(
@@ -274,36 +286,9 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
         ),
         Family(rf"binary{_WHERE}", _binary("", 1), _binary_text, ("binary",), roles=("weights",)),
     ),
-    "log2": (
-        Family(
-            rf"log2_{_BITS}",
-            _number,
-            lambda fmt, where: f"log2_{fmt.bits}",
-            ("log2_4",),
-            bits=(2, 8),
-            roles=("activations",),
-        ),
-    ),
-    "logsqrt2": (
-        Family(
-            rf"logsqrt2_{_BITS}",
-            _number,
-            lambda fmt, where: f"logsqrt2_{fmt.bits}",
-            ("logsqrt2_4",),
-            bits=(2, 8),
-            roles=("activations",),
-        ),
-    ),
-    "twin": (
-        Family(
-            rf"twin{_BITS}",
-            _number,
-            lambda fmt, where: f"twin{fmt.bits}",
-            ("twin8",),
-            bits=(2, 8),
-            roles=("activations",),
-        ),
-    ),
+    "log2": (_of_activations("log2_", "log2_4"),),
+    "logsqrt2": (_of_activations("logsqrt2_", "logsqrt2_4"),),
+    "twin": (_of_activations("twin", "twin8"),),
 }
 _ACTIVATION_INT = Family(
     rf"int{_BITS}(?P<sym>s)?(?P<static>static)?",

@@ -116,4 +116,4 @@ def _mixed(fmt: Format, channels: int, columns: int) -> Parts:
 
 def index_bits(count: int) -> int:
     """Return the bits of an index below `count`."""
-    return max(1, math.ceil(math.log2(count))) if count > 1 else 1
+    return max(1, (count - 1).bit_length())

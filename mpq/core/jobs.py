@@ -19,11 +19,12 @@ Clip = Literal["minmax", "mse"]
 Correction = Literal["bias", "batch_norm"]
 CORRECTIONS: tuple[Correction, ...] = ("bias", "batch_norm")
 OnIndivisible = Literal["refuse", "channel"]
+Activations = Literal["tied", "apart"]
 # Keys that are one of a few words.
 _WORDS: dict[str, tuple[str, ...]] = {
     "clip": get_args(Clip),
     "on_indivisible": get_args(OnIndivisible),
-    "activations": ("tied", "apart"),
+    "activations": get_args(Activations),
 }
 _WITH_STUDY = ("optuna", "nsga2")  # solvers that keep an Optuna study
 # Keys that mean something only where the loss is minimised, and their defaults.
@@ -109,7 +110,7 @@ class JobSpec:
     embeddings: bool = False
     kv_cache: bool | dict[str, int] = False
     kv_schemes: tuple[str, ...] | None = None
-    activations: Literal["tied", "apart"] = "tied"
+    activations: Activations = "tied"
     activation_schemes: tuple[str, ...] | None = None
     hardware: str = "local"
     quality: dict[str, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -121,12 +121,19 @@ def _min_max(
 
 
 def run_observed(
-    model: nn.Module, batches: Sequence[Batch], handles: Sequence[RemovableHandle]
+    model: nn.Module,
+    batches: Sequence[Batch],
+    handles: Sequence[RemovableHandle],
+    begins: Callable[[Batch], None] = lambda _: None,
 ) -> None:
-    """Run a model over calibration batches for its hooks, which are removed, also on error."""
+    """Run a model over calibration batches for its hooks, which are removed, also on error.
+
+    `begins` hears of each batch before it runs.
+    """
     try:
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(batches if handles else ()):
+                begins(batch)
                 checked_call(model, batch, f"calibration batch {number}")
     finally:
         for handle in handles:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mpq.core.layers import LayerGraph, LayerName, Unsearched
-from mpq.nn.batches import Batch, checked_call, position_mask
+from mpq.nn.batches import Batch, position_mask
+from mpq.nn.calibrate import run_observed
 from mpq.nn.correction import InputMeans
-from mpq.nn.patch import evaluating
 from mpq.nn.replay import replay
 from mpq.nn.weights import channel_axis_of, layer_modules, weight_of
 
@@ -51,16 +51,11 @@ def input_means(
 
         return modules[name].register_forward_pre_hook(observe)
 
-    handles = [hook(name) for name in means]
-    try:
-        with evaluating(model), torch.no_grad():
-            for number, batch in enumerate(batches):
-                given = batch.get("attention_mask") if isinstance(batch, dict) else None
-                mask[0] = given if isinstance(given, torch.Tensor) else None
-                checked_call(model, batch, f"calibration batch {number}")
-    finally:
-        for handle in handles:
-            handle.remove()
+    def begins(batch: Batch) -> None:
+        given = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask[0] = given if isinstance(given, torch.Tensor) else None
+
+    run_observed(model, batches, [hook(name) for name in means], begins)
     found = {}
     for name, mean in means.items():
         if mean.total is None:

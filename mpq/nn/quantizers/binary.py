@@ -20,7 +20,7 @@ from mpq.nn.quantizers.bit_streams import from_stream, to_stream
 from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.grid import LARGEST_SCALE, HalfScales, OnGrid, Scales, as_half
 from mpq.nn.quantizers.rows import from_rows, rows_of
-from mpq.nn.quantizers.sorted_rows import SortedRows
+from mpq.nn.quantizers.sorted_rows import SortedRows, middles
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 _FITS = 8
@@ -164,7 +164,7 @@ class DualBinary(_Planes):
         scales = torch.stack([scales for _, scales in fits])[best, torch.arange(len(best))]
         scales = (scales.float() * unit).clamp(-LARGEST_SCALE, LARGEST_SCALE).half().float()
         levels, its_codes = _levels(scales).sort(dim=1, stable=True)
-        places = torch.searchsorted(_middles(levels), rows.contiguous())
+        places = torch.searchsorted(middles(levels), rows.contiguous())
         return its_codes.gather(1, places).to(torch.int16), scales
 
     def dequantize(self, stored: StoredWeight) -> torch.Tensor:
@@ -178,7 +178,7 @@ def _alternate(rows: SortedRows, scales: torch.Tensor) -> tuple[torch.Tensor, to
     before = torch.empty(0, dtype=torch.int64)
     for number in range(_FITS + 1):
         levels, codes = _levels(scales).sort(dim=1, stable=True)
-        count, total, places = rows.segments(_middles(levels))
+        count, total, places = rows.segments(middles(levels))
         error = (count * levels.square() - 2 * total * levels).sum(1)
         if number == _FITS or torch.equal(places, before):
             break
@@ -211,10 +211,6 @@ def _levels(scales: torch.Tensor) -> torch.Tensor:
     """Return the level of each code of two planes, (rows, 4)."""
     first, second = scales[:, :1], scales[:, 1:]
     return torch.cat([torch.zeros_like(first), first, second, first + second], dim=1)
-
-
-def _middles(levels: torch.Tensor) -> torch.Tensor:
-    return ((levels[:, 1:] + levels[:, :-1]) / 2).float()
 
 
 def _power_of_two(rows: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from mpq.nn.quantizers.family import Factor
 from mpq.nn.quantizers.grid import LARGEST_SCALE
 from mpq.nn.quantizers.largest import mask_of_largest
 from mpq.nn.quantizers.rows import channels_of, from_rows
-from mpq.nn.quantizers.sorted_rows import SortedRows
+from mpq.nn.quantizers.sorted_rows import SortedRows, middles
 from mpq.nn.quantizers.stored import LayerData, StoredWeight
 
 _TURNS = 50
@@ -82,7 +82,7 @@ class KMeans:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         centroids = self.centroids(rows, weights, 2**bits).clamp(-LARGEST_SCALE, LARGEST_SCALE)
         books = centroids.half()
-        places = torch.searchsorted(_middles(books.double()), rows.contiguous())
+        places = torch.searchsorted(middles(books.double()), rows.contiguous())
         return places.to(torch.int16), books
 
     def centroids(
@@ -100,7 +100,7 @@ class KMeans:
         """Return centroids and their error, less what no centroids change."""
         before = torch.empty(0, dtype=torch.int64)
         for turn in range(self.turns + 1):
-            weight, moment, ends = rows.segments(_middles(centroids))
+            weight, moment, ends = rows.segments(middles(centroids))
             if turn == self.turns or torch.equal(ends, before):
                 break
             before = ends
@@ -187,10 +187,6 @@ def _starts(rows: SortedRows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     high = torch.searchsorted(reached, total)
     least, most = (rows.values.gather(1, place).double() for place in (low, high))
     return rows.values.gather(1, quantiles).double(), least + (most - least) * parts
-
-
-def _middles(centroids: torch.Tensor) -> torch.Tensor:
-    return ((centroids[:, 1:] + centroids[:, :-1]) / 2).float()
 
 
 KMEANS = KMeans()

@@ -67,10 +67,7 @@ class MixedChannels:
     def dequantize(self, stored: StoredWeight) -> torch.Tensor:
         """Return the float32 weight that both shares stand for."""
         fmt, (channels, columns) = stored.fmt, matrix_of(stored.shape, stored.channel_axis)
-        width = columns
-        if fmt.variant == "groups":
-            assert isinstance(fmt.granularity, PerGroup)
-            width = fmt.granularity.size
+        width = _width(fmt, columns)
         back = torch.empty(channels * columns // max(width, 1), width)
         mask = from_stream(stored.extra["mask"], 1, len(back)).bool()
         for which, own, some in _shares(fmt, mask):
@@ -114,8 +111,7 @@ class MixedChannels:
         gram = gram.to(matrix)
         if not grouped:
             return (off @ gram * off).sum(1) * outputs
-        assert isinstance(fmt.granularity, PerGroup)
-        size = fmt.granularity.size
+        size = _width(fmt, matrix.shape[1])
         places = matrix.shape[1] // size
         blocks = gram.reshape(places, size, places, size)
         own = blocks[torch.arange(places), :, torch.arange(places)]  # (places, size, size)
@@ -128,8 +124,15 @@ def _rows(matrix: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Return what is shared out: channels, or groups."""
     if fmt.variant != "groups":
         return matrix
+    return matrix.reshape(-1, _width(fmt, matrix.shape[1]))
+
+
+def _width(fmt: Format, columns: int) -> int:
+    """Return the weights of what is shared out."""
+    if fmt.variant != "groups":
+        return columns
     assert isinstance(fmt.granularity, PerGroup)
-    return matrix.reshape(-1, fmt.granularity.size)
+    return fmt.granularity.size
 
 
 def _shares(fmt: Format, mask: torch.Tensor) -> tuple[tuple[str, Format, torch.Tensor], ...]:

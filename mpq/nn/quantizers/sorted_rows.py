@@ -7,6 +7,11 @@ import torch
 from torch.nn import functional as F
 
 
+def middles(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the middle between each two neighbours of ascending numbers, float32."""
+    return ((numbers[:, 1:] + numbers[:, :-1]) / 2).float()
+
+
 class SortedRows:
     """Rows (rows, n) sorted once, with prefix sums in float64.
 

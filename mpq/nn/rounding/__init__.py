@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 from mpq.core.errors import InvalidInputError
@@ -34,7 +33,7 @@ def check_rounding(layer: Layer, fmt: Format) -> None:
     """Raise InvalidInputError (`rounding`) where a layer cannot be rounded as its format asks."""
     if fmt.rounding == "nearest" or fmt.is_native:
         return
-    plain = replace(fmt, rounding="nearest")
+    plain = fmt.as_stored
     text = plain.text("weights")
     why = ""
     if fmt.rounding in _LEARNED:

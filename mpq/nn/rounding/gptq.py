@@ -46,7 +46,7 @@ def gptq(
     Raises InvalidInputError (`rounding`) for a format without a grid. Cost: a Cholesky factor of
     n^3 in float64, then n^2 multiplications for each output channel.
     """
-    plain = replace(fmt, rounding="nearest")
+    plain = fmt.as_stored
     grid = grid_of(plain)
     if grid is None or data is None or data.gram is None:
         what = "is not on a grid" if grid is None else "needs the Gram of the layer's inputs"

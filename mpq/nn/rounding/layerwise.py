@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -57,9 +56,8 @@ def layerwise(workload: Workload, wanted: Wanted) -> Iterator[Stored]:
         for fmt in formats:
             own = data_of(layer, fmt)
             given = LayerData(**{want: getattr(data, want) for want in own})
-            plain = replace(fmt, rounding="nearest")
             axis = layer.channel_axis
-            factor = workload.quantizer.factor(name, weight, plain, axis)
+            factor = workload.quantizer.factor(name, weight, fmt.as_stored, axis)
             store = gptq if fmt.rounding == "gptq" else quantize_weight
             with torch.no_grad():
                 yield name, fmt, store(weight, fmt, axis, factor, given)

@@ -246,8 +246,7 @@ def _learn(
             error = of.error(found)
             worse = 0 if error < least else worse + 1
             if error < least:
-                best, least_now = found, error
-                least = least_now
+                best, least = found, error
             if worse == _PATIENCE and not anneals:
                 break
     return best
