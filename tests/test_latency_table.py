@@ -159,6 +159,28 @@ def test_a_cell_is_the_sum_over_layers_and_calls() -> None:
     assert table.provenance == f"measured on {model.device}"
 
 
+def test_the_network_as_it_is_costs_exactly_the_baseline() -> None:
+    """A budget of 100 % must be in reach; sums in another order may be off by the last bit."""
+    layers = tuple(linear(f"layer{n}", 32, 32 * n) for n in range(1, 9))
+    units = tuple(Unit(name=layer.name, layers=(layer.name,)) for layer in layers)
+    graph = LayerGraph(layers=layers, units=units, unsearched=(), sample="one")
+    names = tuple(unit.name for unit in units)
+    cells = Cells(units=names, schemes=((FP32, INT8),) * len(names))
+    known: dict[KernelCase, KernelLatency] = {}
+    model = MeasuredLatency(stopwatch=CountingStopwatch(), known=known)
+    model.table(graph, cells)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        times = {
+            case: replace(latency, median_s=seconds, low_s=seconds, high_s=seconds)
+            for case, latency in model.latencies.items()
+            for seconds in [float(rng.uniform(1e-7, 1e-4))]
+        }
+        table = MeasuredLatency(stopwatch=CountingStopwatch(), known=times).table(graph, cells)
+        as_it_is = np.array([cells.index((name, FP32)) for name in names])
+        assert table.total(as_it_is) == table.baseline
+
+
 def test_each_kernel_is_timed_once_however_many_layers_it_runs() -> None:
     MeasuredLatency(stopwatch=CountingStopwatch()).table(network(), CELLS)
     seen = CountingStopwatch.seen
